@@ -1,0 +1,55 @@
+"""What can go wrong for a user, and how a command says so: one line, and an exit code a scheduler can act on.
+
+    0 done   2 configuration   3 data   4 training became non-finite   75 preempted: start me again to resume
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class AmbijaxError(Exception):
+    """An error whose message is for the user: what, where, and what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(AmbijaxError):
+    """A key, a flag, a checkpoint or a combination of them cannot work."""
+
+    exit_code = 2
+
+
+class DataError(AmbijaxError):
+    """A file of the user's data is missing, broken or contradicts another."""
+
+    exit_code = 3
+
+
+class NonFiniteError(AmbijaxError):
+    """Training produced NaN or infinity too often to go on."""
+
+    exit_code = 4
+
+
+class Preempted(AmbijaxError):  # noqa: N818 - not an error of anyone's making
+    """The scheduler asked the process to leave; its state is saved."""
+
+    exit_code = 75
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command and exits with its code; a user's mistake prints one line, no traceback.
+
+    Set AMBIJAX_TRACEBACK=1 to see the traceback as well.
+    """
+    try:
+        main()
+    except AmbijaxError as error:
+        if os.environ.get("AMBIJAX_TRACEBACK") == "1":
+            raise
+        print(f"ambijax: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("ambijax: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,85 @@
+"""The paper's chain of thought as text: render, parse, and the format reward.
+
+    Keywords: ...
+    Step 1 Text Analysis: ...
+    Step 2 Audio Analysis: ...
+    Step 3 Synthesis: ...
+    Final emotion: anger
+
+The last line is the answer anchor followed by one class word; everything above it is the reasoning. What a model
+or a file says here is untrusted text: nothing in this module can turn it into a special token.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+HEADINGS = ("Keywords:", "Step 1 Text Analysis:", "Step 2 Audio Analysis:", "Step 3 Synthesis:")
+ANCHOR = "Final emotion:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reasoning:
+    """The four parts of a chain of thought, without headings and without the answer."""
+
+    keywords: str
+    text: str
+    audio: str
+    synthesis: str
+
+    def render(self) -> str:
+        """The reasoning as the model writes it: four headed lines, no answer line, no final newline."""
+        return "\n".join(f"{heading} {part}" for heading, part in zip(HEADINGS, dataclasses.astuple(self), strict=True))
+
+
+def split_answer(completion: str) -> tuple[str, str]:
+    """A completion cut at its first anchor: (reasoning, what follows the anchor); ('...', '') without one."""
+    reasoning, _, answer = completion.partition(ANCHOR)
+    return reasoning.rstrip("\n"), answer
+
+
+def problems(reasoning: str) -> list[str]:
+    """What keeps a reasoning (without answer line) from the format; empty when it is well-formed."""
+    found = []
+    position = -1
+    for heading in HEADINGS:
+        count = len(re.findall(rf"^{re.escape(heading)}", reasoning, flags=re.MULTILINE))
+        if count != 1 or reasoning.count(heading) != 1:
+            found.append(f"'{heading}' occurs {reasoning.count(heading)} times, not once at a line start")
+        elif reasoning.index(heading) < position:
+            found.append(f"'{heading}' is out of order")
+        else:
+            position = reasoning.index(heading)
+    if ANCHOR in reasoning:
+        found.append(f"the answer anchor '{ANCHOR}' occurs inside the reasoning")
+    if not found:
+        parts = re.split("|".join(map(re.escape, HEADINGS)), reasoning)
+        if parts[0].strip():
+            found.append("there is text before 'Keywords:'")
+        found += [f"'{h}' is empty" for h, part in zip(HEADINGS, parts[1:], strict=True) if not part.strip()]
+    return found
+
+
+def parse(reasoning: str) -> Reasoning:
+    """The four parts of a well-formed reasoning.
+
+    Raises:
+      ValueError: it is not well-formed; the message lists the problems.
+    """
+    if found := problems(reasoning):
+        raise ValueError("; ".join(found))
+    parts = re.split("|".join(map(re.escape, HEADINGS)), reasoning)[1:]
+    return Reasoning(*(part.strip() for part in parts))
+
+
+def format_reward(completion: str, labels: Sequence[str], *, ended: bool) -> float:
+    """format(r) of equation 6: 1 when the completion follows the format to the letter, else 0.
+
+    Args:
+      completion: the decoded tokens without EOS.
+      labels: the class words.
+      ended: whether the model itself ended the completion with EOS.
+    """
+    reasoning, answer = split_answer(completion)
+    well_formed = ended and f"\n{ANCHOR}" in completion and not problems(reasoning)
+    return float(well_formed and answer in {f" {label}" for label in labels})
