@@ -1,0 +1,118 @@
+"""The shape of a Qwen2-Audio, read from a Hugging Face `config.json`.
+
+The published 7B file leaves most fields out, so the defaults below are those of transformers' `Qwen2AudioConfig`.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from ambijax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioConfig:
+    """The Whisper-like audio tower."""
+
+    num_mel_bins: int = 128
+    encoder_layers: int = 32
+    encoder_attention_heads: int = 20
+    encoder_ffn_dim: int = 5120
+    d_model: int = 1280
+    max_source_positions: int = 1500  # encoder frames of a 30 s window, two mel frames each
+    activation_function: str = "gelu"
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The Qwen2 decoder."""
+
+    vocab_size: int = 151936
+    hidden_size: int = 4096
+    intermediate_size: int = 22016
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al., arXiv 2106.09685): y = W x + alpha / rank * B A x."""
+
+    rank: int
+    alpha: float
+    dropout: float  # on the adapter's input, active only when a 'dropout' key is given
+    audio_tower: bool  # adapters on the tower's projections too
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2AudioConfig:
+    """Everything that fixes the parameter shapes and the computation."""
+
+    audio: AudioConfig = AudioConfig()
+    text: TextConfig = TextConfig()
+    audio_token: int = 151646
+
+
+def _fields(cls: type, values: dict) -> dict:
+    """The entries of `values` that `cls` knows and that are set."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {name: value for name, value in values.items() if name in names and value is not None}
+
+
+def from_dict(raw: dict) -> Qwen2AudioConfig:
+    """A Hugging Face Qwen2-Audio config, as parsed JSON, to ours.
+
+    Raises:
+      ConfigError: another architecture, or a feature that this model does not have.
+    """
+    if raw.get("model_type") != "qwen2_audio":
+        raise ConfigError(f"model_type is {raw.get('model_type')!r}; this package runs 'qwen2_audio' checkpoints")
+    text = dict(raw.get("text_config") or {})
+    audio = dict(raw.get("audio_config") or {})
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise ConfigError(f"text_config: rope type {rope_type!r} is not supported, only 'default'")
+    if text.get("use_sliding_window"):
+        raise ConfigError("text_config: use_sliding_window is not supported")
+    text.setdefault("rope_theta", rope.get("rope_theta"))
+    text.setdefault("tie_word_embeddings", raw.get("tie_word_embeddings"))
+    known = _fields(TextConfig, text)
+    known.setdefault("hidden_size", TextConfig.hidden_size)
+    known.setdefault("num_attention_heads", TextConfig.num_attention_heads)
+    known.setdefault("num_key_value_heads", known["num_attention_heads"])
+    known.setdefault("head_dim", known["hidden_size"] // known["num_attention_heads"])
+    if known["num_attention_heads"] % known["num_key_value_heads"]:
+        raise ConfigError("text_config: num_attention_heads must be a multiple of num_key_value_heads")
+    return Qwen2AudioConfig(
+        audio=AudioConfig(**_fields(AudioConfig, audio)),
+        text=TextConfig(**known),
+        audio_token=raw.get("audio_token_index") or raw.get("audio_token_id") or Qwen2AudioConfig.audio_token,
+    )
+
+
+def load(directory: str | Path) -> Qwen2AudioConfig:
+    """Reads `directory/config.json`.
+
+    Raises:
+      ConfigError: no such file, or not a Qwen2-Audio.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"no model at {directory}: {path} does not exist")
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None

@@ -1,0 +1,116 @@
+"""The Qwen2 decoder: token embeddings to hidden states, with keys and values as plain values in and out.
+
+    L layers   B prompts   G sequences that share one prompt   T new tokens   S past tokens   K key-value heads   D head width
+
+Prefill, teacher forcing, decoding and the forced read-out are one computation: new tokens [B, G, T] attend causally to
+each other and to any number of past segments. A segment without a G axis is shared by the group.
+"""
+
+import functools
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from ambijax.model.config import LoraConfig, TextConfig
+from ambijax.model.layers import ACTIVATIONS, Dense, RMSNorm, Segment, attention, rope
+
+
+@flax.struct.dataclass
+class Past:
+    """Keys and values of earlier tokens, all layers.
+
+    k, v: [L, B, S, K, D] when shared by the group, else [L, B, G, S, K, D], rotated.
+    mask: [B, S] or [B, G, S], True where the token exists.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array
+
+    @property
+    def shared(self) -> bool:
+        return self.k.ndim == 5
+
+    def segment(self, k: jax.Array, v: jax.Array) -> Segment:
+        """One layer's keys and values (self.k[i], self.v[i]) as an attention segment."""
+        return Segment(k, v, self.mask[:, None, None] if self.shared else self.mask[:, :, None])
+
+
+class DecoderLayer(nn.Module):
+    """One pre-norm decoder layer. Returns the new tokens' keys and values beside the hidden states."""
+
+    config: TextConfig
+    lora: LoraConfig | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, past_kv: tuple, past: tuple[Past, ...], positions: jax.Array, mask: jax.Array):
+        c = self.config
+        dense = functools.partial(Dense, lora=self.lora)
+
+        y = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
+        q = dense(c.num_attention_heads * c.head_dim, True, name="q_proj")(y)
+        k = dense(c.num_key_value_heads * c.head_dim, True, name="k_proj")(y)
+        v = dense(c.num_key_value_heads * c.head_dim, True, name="v_proj")(y)
+        q, k, v = (z.reshape(*z.shape[:-1], -1, c.head_dim) for z in (q, k, v))
+        q, k = rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta)
+        segments = [p.segment(*kv) for p, kv in zip(past, past_kv, strict=True)]
+        y = attention(q, [*segments, Segment(k, v, mask)])
+        x += dense(c.hidden_size, False, name="o_proj")(y.reshape(*y.shape[:-2], -1))
+
+        y = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
+        gate = dense(c.intermediate_size, False, name="gate_proj")(y)
+        up = dense(c.intermediate_size, False, name="up_proj")(y)
+        x += dense(c.hidden_size, False, name="down_proj")(ACTIVATIONS[c.hidden_act](gate) * up)
+        return x, (k, v)
+
+
+class Decoder(nn.Module):
+    """Embedding table, layers, final norm and output head."""
+
+    config: TextConfig
+    lora: LoraConfig | None
+    remat: str  # name of a jax.checkpoint policy: what a layer keeps for its backward pass
+
+    def setup(self):
+        c = self.config
+        layer = nn.remat(DecoderLayer, prevent_cse=False, policy=getattr(jax.checkpoint_policies, self.remat))
+        self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size)
+        self.layers = nn.scan(
+            layer,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_hidden_layers,
+        )(c, self.lora)
+        self.norm = RMSNorm(c.rms_norm_eps)
+        if not c.tie_word_embeddings:
+            self.lm_head = self.param("lm_head", nn.initializers.normal(0.02), (c.hidden_size, c.vocab_size))
+
+    def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """[...] token ids to [..., hidden] embeddings."""
+        return self.embed_tokens.embedding[tokens].astype(dtype)
+
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, mask: jax.Array, past: tuple[Past, ...] = ()
+    ) -> tuple[jax.Array, Past]:
+        """Runs all layers over new tokens.
+
+        Args:
+          x: embeddings [B, G, T, hidden].
+          positions: [B, G, T] position of each new token in its own sequence.
+          mask: [B, G, T], True where the new token exists; padding on either side is fine.
+          past: earlier tokens of the same sequences.
+
+        Returns:
+          normalised hidden states [B, G, T, hidden], and the new tokens as a `Past` with a G axis.
+        """
+        steps = jnp.arange(x.shape[2])
+        causal = (steps[:, None] >= steps) & mask[:, :, None, :]
+        x, (k, v) = self.layers(x, tuple((p.k, p.v) for p in past), past, positions, causal)
+        return self.norm(x), Past(k, v, mask)
+
+    def head(self) -> jax.Array:
+        """The output matrix [hidden, vocabulary]."""
+        return self.embed_tokens.embedding.T if self.config.tie_word_embeddings else self.lm_head

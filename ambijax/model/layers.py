@@ -1,0 +1,132 @@
+"""Layers shared by the audio tower and the decoder.
+
+    B batch   G sequences that share one prompt   T new tokens   S keys of a segment
+    H query heads   K key-value heads   R = H / K   D head width
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ambijax.model.config import LoraConfig
+
+ACTIVATIONS = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_new": nn.gelu,
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
+
+MASKED = -1e30  # finite, so that a query whose keys are all masked (padding) stays finite
+
+
+class Dense(nn.Module):
+    """y = x W + b, plus scale * dropout(x) A B where the collection 'lora' holds an adapter for this layer.
+
+    Base weights live in 'params', adapters in 'lora'. Applying the model without 'lora' is the base model, which is
+    how the reference policy is computed: same weights, no copy, no flag.
+    """
+
+    features: int
+    use_bias: bool
+    lora: LoraConfig | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
+        y = x @ kernel.astype(x.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+            y += bias.astype(x.dtype)
+        if self.lora is not None and (self.has_variable("lora", "a") or self.is_initializing()):
+            y += self._adapter(x)
+        return y
+
+    def _adapter(self, x: jax.Array) -> jax.Array:
+        fan_in, rank = x.shape[-1], self.lora.rank
+        # PEFT's default: A uniform in +-1/sqrt(fan_in), B zero, so that training starts from the base model.
+        a = self.variable(
+            "lora",
+            "a",
+            lambda: jax.random.uniform(
+                self.make_rng("params"), (fan_in, rank), minval=-(fan_in**-0.5), maxval=fan_in**-0.5
+            ),
+        ).value
+        b = self.variable("lora", "b", lambda: jnp.zeros((rank, self.features))).value
+        if self.lora.dropout > 0 and self.has_rng("dropout"):
+            x = nn.Dropout(self.lora.dropout, deterministic=False)(x)
+        return self.lora.scale * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, in float32 (Zhang & Sennrich, arXiv 1910.07467)."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        return scale.astype(x.dtype) * x32.astype(x.dtype)
+
+
+def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding (arXiv 2104.09864), halves convention of Qwen2, angles in float32.
+
+    Args:
+      x: [..., T, heads, D].
+      positions: [..., T] integers, broadcastable to x's leading axes.
+      theta: base of the geometric series of wavelengths.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies  # in bfloat16 wrong from position 257
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+class Segment(NamedTuple):
+    """Keys and values that queries may attend to.
+
+    k, v: [B, S, K, D] when the G sequences share them (the prompt), [B, G, S, K, D] when each has its own.
+    mask: True where a query may look, broadcastable to [B, G, T, S].
+    """
+
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array
+
+
+def attention(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
+    """Softmax attention over the concatenation of several key segments, without concatenating the keys.
+
+    This is what lets a group compute its prompt once: the prompt's keys are one segment that all G sequences read,
+    their own tokens another, and no key is ever copied G times.
+
+    Args:
+      q: [B, G, T, H, D], already rotated.
+      segments: at least one.
+
+    Returns:
+      [B, G, T, H, D] in q's dtype; scores and softmax are float32.
+    """
+    b, g, t, h, d = q.shape
+    kv_heads = segments[0].k.shape[-2]
+    q = q.reshape(b, g, t, kv_heads, h // kv_heads, d) * d**-0.5
+    scores = [
+        jnp.einsum(f"bgtkrd,b{'g' * (s.k.ndim == 5)}skd->bgkrts", q, s.k, preferred_element_type=jnp.float32)
+        + jnp.where(s.mask, 0.0, MASKED)[:, :, None, None]
+        for s in segments
+    ]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
+    edges = [sum(s.k.shape[-3] for s in segments[: i + 1]) for i in range(len(segments) - 1)]
+    out = sum(
+        jnp.einsum(f"bgkrts,b{'g' * (s.v.ndim == 5)}skd->bgtkrd", w, s.v)
+        for s, w in zip(segments, jnp.split(weights, edges, axis=-1), strict=True)
+    )
+    return out.reshape(b, g, t, h, d)

@@ -1,0 +1,85 @@
+"""Qwen2-Audio (arXiv 2407.10759): audio tower -> projector -> Qwen2 decoder.
+
+    B prompts   G completions of one prompt   P prompt tokens   T completion tokens   M mel frames   A audio tokens
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ambijax.model.config import LoraConfig, Qwen2AudioConfig
+from ambijax.model.decoder import Decoder, Past
+from ambijax.model.encoder import AudioTower
+from ambijax.model.layers import Dense
+
+
+class Qwen2Audio(nn.Module):
+    """The model. Every method is pure; call it through `apply(variables, ..., method=...)` or policy.py.
+
+    variables['params'] are the base weights, variables['lora'] the adapters; without 'lora' it is the base model.
+    """
+
+    config: Qwen2AudioConfig
+    lora: LoraConfig | None
+    dtype: jnp.dtype  # of activations; norms, rope, softmax and logits are float32 whatever it is
+    remat: str
+
+    def setup(self):
+        c = self.config
+        self.audio_tower = AudioTower(c.audio, self.lora if self.lora and self.lora.audio_tower else None)
+        self.multi_modal_projector = Dense(c.text.hidden_size, True)
+        self.language_model = Decoder(c.text, self.lora, self.remat)
+
+    def encode(self, mel: jax.Array, frames: jax.Array) -> jax.Array:
+        """mel [B, M, F] with `frames` [B] valid frames to audio embeddings [B, A, hidden], A = M / 4."""
+        return self.multi_modal_projector(self.audio_tower(mel.astype(self.dtype), frames))
+
+    def prefill(self, tokens: jax.Array, mask: jax.Array, audio: jax.Array) -> tuple[jax.Array, Past]:
+        """Reads the prompts once.
+
+        Args:
+          tokens: [B, P]; the i-th <|AUDIO|> of a row takes the row's i-th audio embedding.
+          mask: [B, P], False on padding (left or right).
+          audio: [B, A, hidden].
+
+        Returns:
+          hidden states [B, P, hidden]; the prompt as a past that a group can share.
+        """
+        x = self.language_model.embed(tokens, self.dtype)
+        is_audio = tokens == self.config.audio_token
+        index = jnp.clip(jnp.cumsum(is_audio, axis=1) - 1, 0, audio.shape[1] - 1)
+        heard = jnp.take_along_axis(audio.astype(self.dtype), index[..., None], axis=1)
+        x = jnp.where(is_audio[..., None], heard, x)
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        x, past = self.language_model(x[:, None], positions[:, None], mask[:, None])
+        return x[:, 0], Past(past.k[:, :, 0], past.v[:, :, 0], mask)
+
+    def extend(
+        self, tokens: jax.Array, positions: jax.Array, mask: jax.Array, past: tuple[Past, ...]
+    ) -> tuple[jax.Array, Past]:
+        """Continues each prompt with G sequences of T tokens; returns hidden [B, G, T, hidden] and their own past."""
+        x = self.language_model.embed(tokens, self.dtype)
+        return self.language_model(x, positions, mask, past)
+
+    def head(self) -> jax.Array:
+        """The output matrix [hidden, vocabulary]."""
+        return self.language_model.head()
+
+    def __call__(self, mel: jax.Array, frames: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        """Plain forward pass to logits [B, P, vocabulary]: for initialisation and parity tests, not for training."""
+        hidden, _ = self.prefill(tokens, mask, self.encode(mel, frames))
+        return jnp.matmul(hidden, self.head().astype(self.dtype), preferred_element_type=jnp.float32)
+
+
+def init(model: Qwen2Audio, key: jax.Array) -> dict:
+    """Fresh variables {'params', 'lora'}. Under jit, what the caller drops is never computed:
+    `jax.jit(lambda key: init(model, key)['lora'])` makes adapters without a second copy of a 7B model."""
+    c = model.config
+    mel = jnp.zeros((1, 8, c.audio.num_mel_bins))
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    return dict(model.init(key, mel, jnp.array([6]), tokens, jnp.ones_like(tokens, bool)))
+
+
+def shapes(model: Qwen2Audio) -> dict:
+    """The variables' shapes and dtypes, nothing allocated."""
+    return jax.eval_shape(lambda: init(model, jax.random.key(0)))
