@@ -1,0 +1,216 @@
+"""Transcript and audio length become the token ids of a chat; the model's completion becomes text again.
+
+    <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n
+    <|im_start|>user\\nAudio 1: <|audio_bos|><|AUDIO|>...<|audio_eos|>\\n{instruction}<|im_end|>\\n
+    <|im_start|>assistant\\n
+    {reasoning}\\nFinal emotion: anger<|im_end|>                        the completion
+
+The ids equal those of transformers' `Qwen2AudioProcessor` for the same chat, <|AUDIO|> standing once for every audio
+token. Transcripts and reasonings are untrusted: the tokenizer is told, once and for all, to split special tokens
+like any other text, and special ids are only ever put in by this module.
+
+`tokenizers` reads the checkpoint's tokenizer.json itself; transformers' AutoTokenizer wraps the same object and takes
+three seconds longer to start.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from ambijax.errors import ConfigError
+from ambijax.reasoning import ANCHOR, HEADINGS
+
+SYSTEM = "You are a helpful assistant."
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """A checkpoint's tokenizer, and the ids that mean something to us. Made by `load`."""
+
+    tokenizer: tokenizers.Tokenizer  # splits special tokens like any other text
+    im_start: int
+    im_end: int  # ends a turn: the EOS of a completion
+    audio: int
+    audio_bos: int
+    audio_eos: int
+    endoftext: int  # padding
+    labels: tuple[str, ...]  # the K class words
+    class_ids: tuple[int, ...]  # [K], the one token of " anger", ...
+    newline: tuple[int, ...]
+    anchor: tuple[int, ...]  # "Final emotion:"
+    ends_line: np.ndarray  # bool [V]: the token's text ends with "\n", as "\n" and ".\n" do; an anchor may follow
+
+    @property
+    def forced_anchor(self) -> tuple[int, ...]:
+        """What is appended to a completion that never reached its anchor."""
+        return self.newline + self.anchor
+
+    def encode(self, text: str) -> list[int]:
+        """Plain text to ids, none of them special whatever the text says."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+_SPECIAL = {  # field of Vocabulary -> name in the tokenizer; ids differ between checkpoints, names do not
+    "im_start": "<|im_start|>",
+    "im_end": "<|im_end|>",
+    "audio": "<|AUDIO|>",
+    "audio_bos": "<|audio_bos|>",
+    "audio_eos": "<|audio_eos|>",
+    "endoftext": "<|endoftext|>",
+}
+
+
+def load(directory: str | Path, labels: Sequence[str]) -> Vocabulary:
+    """Reads `directory/tokenizer.json` and checks that our prompt and read-out can be said in it.
+
+    Args:
+      directory: a checkpoint directory.
+      labels: the K class words, in the order of every [K] axis.
+
+    Raises:
+      ConfigError: no readable tokenizer, a special token missing or not marked special, or a class word that is not
+        one token of its own.
+    """
+    path = Path(directory) / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; a checkpoint directory holds its tokenizer")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ConfigError(f"{path}: not a tokenizer ({error})") from None
+    tokenizer.encode_special_tokens = True  # read: encode them as the text they are
+    tokenizer.no_truncation()  # both can be saved in the file
+    tokenizer.no_padding()
+    ids = {field: tokenizer.token_to_id(name) for field, name in _SPECIAL.items()}
+    if missing := [_SPECIAL[field] for field, token in ids.items() if token is None]:
+        raise ConfigError(f"{path}: no {', '.join(missing)}; this is not the tokenizer of a Qwen2-Audio")
+    if unsafe := [name for field, name in _SPECIAL.items() if ids[field] in tokenizer.encode(name).ids]:
+        raise ConfigError(f'{path}: plain text can say {", ".join(unsafe)}; mark them "special": true')
+    words = {label: tokenizer.encode(f" {label}", add_special_tokens=False).ids for label in labels}
+    if several := [label for label, pieces in words.items() if len(pieces) != 1]:
+        raise ConfigError(f"{path}: class words must be one token each with a space before, not: {', '.join(several)}")
+    class_ids = tuple(pieces[0] for pieces in words.values())
+    if len(set(class_ids)) < len(labels):
+        raise ConfigError(
+            f"{path}: class words must be distinct tokens, got {dict(zip(words, class_ids, strict=True))}"
+        )
+    size = 1 + max(tokenizer.get_vocab().values())
+    texts = tokenizer.decode_batch([[token] for token in range(size)], skip_special_tokens=False)
+    return Vocabulary(
+        tokenizer=tokenizer,
+        **ids,
+        labels=tuple(labels),
+        class_ids=class_ids,
+        newline=tuple(tokenizer.encode("\n", add_special_tokens=False).ids),
+        anchor=tuple(tokenizer.encode(ANCHOR, add_special_tokens=False).ids),
+        ends_line=np.array([text.endswith("\n") for text in texts]),
+    )
+
+
+def assert_fits(vocabulary: Vocabulary, rows: int, audio_token: int) -> None:
+    """Holds a tokenizer against a model's config: `vocab_size` rows of embeddings and `audio_token_index`.
+
+    Raises:
+      ConfigError: the tokenizer belongs to another model.
+    """
+    if len(vocabulary.ends_line) > rows:
+        raise ConfigError(f"the tokenizer has {len(vocabulary.ends_line)} tokens, the model embeds only {rows}")
+    if vocabulary.audio != audio_token:
+        raise ConfigError(
+            f"<|AUDIO|> is {vocabulary.audio} in the tokenizer, audio_token_index of the model {audio_token}"
+        )
+
+
+def instruction(transcript: str, labels: Sequence[str], *, cot: bool) -> str:
+    """What we ask the model about a clip.
+
+    Args:
+      transcript: what is said, put on one line; '' = none is given.
+      labels: the class words it chooses from.
+      cot: ask for the reasoning; False asks for the answer alone (Table 3 of the paper).
+    """
+    words = " ".join(transcript.split())
+    said = f"Transcript: {words}" if words else "No transcript is given."
+    steps = ", ".join(heading.rstrip(":") for heading in HEADINGS)
+    task = f'Write {steps}, then "{ANCHOR}"' if cot else f'Write "{ANCHOR}"'
+    return f"{said}\nHow do listeners hear this voice? {task} and one of {', '.join(labels)}."
+
+
+def encode_prompt(vocabulary: Vocabulary, transcript: str, audio_tokens: int, *, cot: bool) -> list[int]:
+    """The prompt for one clip, up to where the completion begins.
+
+    Args:
+      vocabulary: from `load`; its labels are the choice the model is given.
+      transcript: see `instruction`.
+      audio_tokens: the clip's length in tokens, `audio.tokens(...)`.
+      cot: see `instruction`.
+    """
+    text = instruction(transcript, vocabulary.labels, cot=cot)
+    return encode_turns(vocabulary, [("user", (audio_tokens, text))])
+
+
+def encode_turns(vocabulary: Vocabulary, turns: Sequence[tuple[str, Sequence[str | int]]]) -> list[int]:
+    """Any chat, up to where the assistant's next turn begins.
+
+    Args:
+      vocabulary: from `load`.
+      turns: (role, contents) each; a content is a text, or the number of tokens of an audio that stands there. The
+        usual system turn is put first unless there is one.
+
+    Example: `[("user", (25, "Who speaks?")), ("assistant", ("A child.",)), ("user", ("And how?",))]`
+    """
+    if not turns or turns[0][0] != "system":
+        turns = [("system", (SYSTEM,)), *turns]
+    pieces: list[str | int] = []  # texts and special ids
+    audios = 0
+    for role, contents in turns:
+        pieces += [vocabulary.im_start, f"{role}\n"]
+        for content in contents:
+            if isinstance(content, str):
+                pieces.append(content)
+            else:
+                audios += 1
+                pieces += [f"Audio {audios}: ", vocabulary.audio_bos]
+                pieces += [vocabulary.audio] * content
+                pieces += [vocabulary.audio_eos, "\n"]
+        pieces += [vocabulary.im_end, "\n"]
+    pieces += [vocabulary.im_start, "assistant\n"]
+
+    ids: list[int] = []
+    for kind, run in itertools.groupby(pieces, type):  # texts that touch are one text: tokens may span the seam
+        content = list(run)
+        ids += vocabulary.encode("".join(content)) if kind is str else content
+    return ids
+
+
+def encode_gold(vocabulary: Vocabulary, cot: str, label: str) -> tuple[list[int], int]:
+    """A completion as the model should have written it.
+
+    Args:
+      vocabulary: from `load`.
+      cot: the reasoning without answer line; '' leaves the answer alone.
+      label: the class word.
+
+    Returns:
+      reasoning + "\\n" + anchor + label + EOS, and the index in it of the anchor's last token: the hidden state there
+      predicts the label. Reasoning and anchor are encoded apart, so the anchor is always the same ids.
+    """
+    reasoning = vocabulary.encode(cot.strip())
+    ids = [*reasoning, *vocabulary.forced_anchor] if reasoning else [*vocabulary.anchor]
+    answer = vocabulary.class_ids[vocabulary.labels.index(label)]
+    return [*ids, answer, vocabulary.im_end], len(ids) - 1
+
+
+def decode(vocabulary: Vocabulary, ids: Sequence[int]) -> str:
+    """A completion as text, without EOS (<|im_end|> or <|endoftext|>) and what follows it.
+
+    Other special tokens, which a model should not write, are spelled out, so that a reader sees them. The text need
+    not encode to the same ids.
+    """
+    ends = (vocabulary.im_end, vocabulary.endoftext)
+    written = itertools.takewhile(lambda token: token not in ends, map(int, ids))
+    return vocabulary.tokenizer.decode(list(written), skip_special_tokens=False)
