@@ -32,7 +32,7 @@ class NonFiniteError(AmbijaxError):
     exit_code = 4
 
 
-class Preempted(AmbijaxError):  # noqa: N818 - not an error of anyone's making
+class Preempted(AmbijaxError):
     """The scheduler asked the process to leave; its state is saved."""
 
     exit_code = 75

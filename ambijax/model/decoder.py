@@ -1,6 +1,7 @@
 """The Qwen2 decoder: token embeddings to hidden states, with keys and values as plain values in and out.
 
-    L layers   B prompts   G sequences that share one prompt   T new tokens   S past tokens   K key-value heads   D head width
+    L layers   B prompts   G sequences that share one prompt   T new tokens   S past tokens
+    K key-value heads   D head width
 
 Prefill, teacher forcing, decoding and the forced read-out are one computation: new tokens [B, G, T] attend causally to
 each other and to any number of past segments. A segment without a G axis is shared by the group.
@@ -13,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from ambijax import sharding
 from ambijax.model.config import LoraConfig, TextConfig
 from ambijax.model.layers import ACTIVATIONS, Dense, RMSNorm, Segment, attention, rope
 
@@ -108,7 +110,7 @@ class Decoder(nn.Module):
         """
         steps = jnp.arange(x.shape[2])
         causal = (steps[:, None] >= steps) & mask[:, :, None, :]
-        x, (k, v) = self.layers(x, tuple((p.k, p.v) for p in past), past, positions, causal)
+        x, (k, v) = self.layers(sharding.constrain_batch(x), tuple((p.k, p.v) for p in past), past, positions, causal)
         return self.norm(x), Past(k, v, mask)
 
     def head(self) -> jax.Array:

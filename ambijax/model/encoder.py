@@ -40,7 +40,7 @@ class EncoderLayer(nn.Module):
 
 
 class AudioTower(nn.Module):
-    """mel [B, M, F] and valid frames [B] to audio embeddings [B, A, E]; entries beyond a clip's tokens are undefined."""
+    """mel [B, M, F] with valid frames [B] to embeddings [B, A, E]; entries beyond a clip's tokens are undefined."""
 
     config: AudioConfig
     lora: LoraConfig | None

@@ -1,7 +1,7 @@
 """Layers shared by the audio tower and the decoder.
 
-    B batch   G sequences that share one prompt   T new tokens   S keys of a segment
-    H query heads   K key-value heads   R = H / K   D head width
+B batch   G sequences that share one prompt   T new tokens   S keys of a segment
+H query heads   K key-value heads   R = H / K   D head width
 """
 
 from collections.abc import Sequence

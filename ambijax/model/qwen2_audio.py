@@ -1,6 +1,6 @@
 """Qwen2-Audio (arXiv 2407.10759): audio tower -> projector -> Qwen2 decoder.
 
-    B prompts   G completions of one prompt   P prompt tokens   T completion tokens   M mel frames   A audio tokens
+B prompts   G completions of one prompt   P prompt tokens   T completion tokens   M mel frames   A audio tokens
 """
 
 import flax.linen as nn

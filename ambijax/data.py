@@ -1,0 +1,202 @@
+"""Utterances and their sounds -> Batch, a pure function of (seed, step): there is nothing to save in order to resume.
+
+Shapes come from a small declared set, so that nothing compiles after warm-up: an audio window for each configured
+length, one text length (the longest prompt of the corpus), one completion length.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from ambijax import audio, manifest
+from ambijax.errors import ConfigError
+from ambijax.prompt import Vocabulary, encode_gold, encode_prompt
+from ambijax.structs import Batch, Completions, Prompt
+
+ROUND = 16  # text length is rounded up to a multiple of this, so that similar corpora share compiled programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Sound:
+    """What the model hears of one clip: tower output [A, D] while the tower is frozen, else log-mel [M, F]."""
+
+    frames: int  # valid mel frames
+    values: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        return audio.tokens(self.frames)
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One utterance, tokenised."""
+
+    prompt: np.ndarray  # int32 ids with this clip's number of <|AUDIO|> tokens
+    gold: np.ndarray  # int32 ids: reasoning, anchor, class word, end
+    anchor: int  # index in `gold` of the anchor's last token
+    target: np.ndarray  # float32 [K] soft label
+    reasoned: bool  # the gold trajectory has a chain of thought
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A split, ready to be batched."""
+
+    utterances: tuple[manifest.Utterance, ...]
+    examples: tuple[Example, ...]
+    sounds: tuple[Sound, ...]
+    first: int  # index of the first utterance among all splits': examples are numbered across the corpus
+    live_tower: bool  # sounds are log-mel
+    windows: tuple[int, ...]  # declared mel lengths
+    text_tokens: int  # prompt tokens beside the audio
+    max_tokens: int  # completion length
+    pad: int
+    label_in_ce: bool  # cross entropy covers the class word
+
+    def __len__(self) -> int:
+        return len(self.utterances)
+
+    @property
+    def target(self) -> np.ndarray:
+        """All soft labels, float32 [N, K]."""
+        return np.stack([example.target for example in self.examples])
+
+    def prompts(self, indices: Sequence[int]) -> Prompt:
+        """The prompts of some utterances as numpy arrays, in the smallest window that holds them all."""
+        sounds = [self.sounds[i] for i in indices]
+        window = audio.window(max(s.frames for s in sounds), self.windows)
+        length = window // 4 + self.text_tokens
+        tokens = _pad([self.examples[i].prompt for i in indices], length, self.pad)
+        lengths = np.array([len(self.examples[i].prompt) for i in indices])
+        heard = (
+            {"mel": np.stack([s.values for s in sounds]), "frames": np.array([s.frames for s in sounds], np.int32)}
+            if self.live_tower
+            else {"audio": _pad([s.values for s in sounds], window // 4, 0)}
+        )
+        return Prompt(
+            tokens=tokens,
+            mask=np.arange(length) < lengths[:, None],
+            example=np.array([self.first + i for i in indices], np.int32),
+            **heard,
+        )
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Prompts with their gold trajectories (G = 1) and soft labels, numpy arrays."""
+        examples = [self.examples[i] for i in indices]
+        lengths = np.array([len(e.gold) for e in examples])
+        anchors = np.array([e.anchor for e in examples], np.int32)
+        steps = np.arange(self.max_tokens)
+        mask = steps < lengths[:, None]
+        ce_mask = mask & np.array([e.reasoned for e in examples])[:, None]
+        if not self.label_in_ce:
+            ce_mask &= steps != anchors[:, None] + 1  # the class word follows the anchor
+        return Batch(
+            prompt=self.prompts(indices),
+            gold=Completions(
+                tokens=_pad([e.gold for e in examples], self.max_tokens, self.pad)[:, None],
+                mask=mask[:, None],
+                anchor=anchors[:, None],
+            ),
+            ce_mask=ce_mask[:, None],
+            target=np.stack([e.target for e in examples]),
+        )
+
+    def indices_at(self, seed: int, step: int, size: int) -> np.ndarray:
+        """Which utterances step `step` trains on: every epoch is a fresh permutation, no utterance is left out."""
+        positions = step * size + np.arange(size)
+        return np.array([_order(len(self), seed, p // len(self))[p % len(self)] for p in positions.tolist()])
+
+    def batch_at(self, seed: int, step: int, size: int) -> Batch:
+        """The batch of step `step`; depends on nothing else."""
+        return self.batch(self.indices_at(seed, step, size))
+
+
+@functools.lru_cache(maxsize=4)
+def _order(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def _pad(rows: Sequence[np.ndarray], length: int, value: int) -> np.ndarray:
+    """Stacks arrays of unequal length, padded at the end."""
+    out = np.full((len(rows), length, *rows[0].shape[1:]), value, rows[0].dtype)
+    for target, row in zip(out, rows, strict=True):
+        target[: len(row)] = row
+    return out
+
+
+def build(
+    splits: dict[str, list[manifest.Utterance]],
+    sounds: dict[str, Sound],
+    vocabulary: Vocabulary,
+    *,
+    windows: Sequence[int],
+    max_tokens: int,
+    cot: bool,
+    gold_label: str,
+    seed: int,
+    label_in_ce: bool,
+    live_tower: bool,
+) -> dict[str, Dataset]:
+    """Tokenises every split. All of them share one text length.
+
+    Args:
+      splits: name -> utterances.
+      sounds: utterance id -> sound.
+      vocabulary: the checkpoint's tokenizer, its ids and the K class names.
+      windows: declared mel lengths.
+      max_tokens: completion length T; a longer gold trajectory counts as having no chain of thought.
+      cot: whether the model reasons before it answers.
+      gold_label: class word of the gold trajectory: 'argmax' of the votes, or 'sample' from them.
+      seed: for 'sample'.
+      label_in_ce: whether cross entropy covers the class word.
+      live_tower: sounds are log-mel because the audio tower is being trained.
+    """
+    if gold_label not in ("argmax", "sample"):
+        raise ConfigError(f"data.gold_label={gold_label!r} must be 'argmax' or 'sample'")
+    examples, first = {}, 0
+    for name, utterances in splits.items():
+        targets = manifest.soft_labels(utterances, vocabulary.labels)
+        examples[name] = []
+        for i, (u, p) in enumerate(zip(utterances, targets, strict=True)):
+            drawn = np.random.default_rng((seed, first + i)).choice(len(p), p=p / p.sum())
+            label = vocabulary.labels[int(p.argmax()) if gold_label == "argmax" else drawn]
+            examples[name].append(_example(u, sounds[u.id].tokens, p, label, vocabulary, cot, max_tokens))
+        first += len(utterances)
+    text = max(len(e.prompt) - sounds[u.id].tokens for n in splits for u, e in zip(splits[n], examples[n], strict=True))
+    firsts = np.cumsum([0, *map(len, splits.values())])
+    return {
+        name: Dataset(
+            utterances=tuple(utterances),
+            examples=tuple(examples[name]),
+            sounds=tuple(sounds[u.id] for u in utterances),
+            first=int(start),
+            live_tower=live_tower,
+            windows=tuple(windows),
+            text_tokens=-(-text // ROUND) * ROUND,
+            max_tokens=max_tokens,
+            pad=vocabulary.endoftext,
+            label_in_ce=label_in_ce,
+        )
+        for (name, utterances), start in zip(splits.items(), firsts, strict=False)
+    }
+
+
+def _example(
+    utterance: manifest.Utterance,
+    audio_tokens: int,
+    p: np.ndarray,
+    label: str,
+    vocabulary: Vocabulary,
+    cot: bool,
+    max_tokens: int,
+) -> Example:
+    prompt = encode_prompt(vocabulary, utterance.transcript, audio_tokens, cot=cot)
+    gold, anchor = encode_gold(vocabulary, utterance.cot if cot else "", label)
+    reasoned = bool(utterance.cot) or not cot
+    if len(gold) > max_tokens:
+        gold, anchor = encode_gold(vocabulary, "", label)
+        reasoned = False
+    return Example(np.array(prompt, np.int32), np.array(gold, np.int32), anchor, p, reasoned)

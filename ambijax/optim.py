@@ -1,0 +1,63 @@
+"""Which variables are trained, and how: the Optax partition that trains adapters and freezes the base.
+
+`optax.masked(adamw, mask)` alone does not freeze: raw gradients pass through to masked-out leaves. So every leaf is
+labelled 'train' or 'frozen' by its name, `optax.partition` sends the frozen ones to `set_to_zero`, and gradients are
+taken with respect to the trained leaves only: a frozen weight gets no gradient, no optimizer state and no copy.
+"""
+
+import re
+
+import jax
+import optax
+
+from ambijax import sharding
+from ambijax.errors import ConfigError
+
+
+def labels(variables: object, patterns: tuple[str, ...]) -> object:
+    """'train' for every leaf whose path one of the regular expressions matches whole, else 'frozen'.
+
+    Args:
+      variables: {'params': ..., 'lora': ...}; only its structure is read.
+      patterns: for example ('lora/.*',), or ('params/.*',) for full fine-tuning.
+
+    Raises:
+      ConfigError: a pattern matches nothing.
+    """
+    paths = sharding.paths(variables)
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, path) for path in jax.tree.leaves(paths)):
+            raise ConfigError(f"optim.train: the pattern {pattern!r} matches no variable of the model")
+    match = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+    return jax.tree.map(lambda path: "train" if match.fullmatch(path) else "frozen", paths)
+
+
+def split(variables: object, labels: object) -> tuple[object, object]:
+    """Variables as (trained, frozen), each with None in the other's places."""
+
+    def only(kind: str) -> object:
+        return jax.tree.map(lambda x, label: x if label == kind else None, variables, labels)
+
+    return only("train"), only("frozen")
+
+
+def merge(trained: object, frozen: object) -> object:
+    """The inverse of `split`."""
+    return jax.tree.map(lambda t, f: f if t is None else t, trained, frozen, is_leaf=lambda x: x is None)
+
+
+def schedule(peak: float, warmup: float, steps: int) -> optax.Schedule:
+    """Linear warm-up over the fraction `warmup` of `steps`, then cosine to zero."""
+    rise = max(1, round(warmup * steps))
+    return optax.warmup_cosine_decay_schedule(0.0, peak, rise, max(steps, rise + 1))
+
+
+def optimizer(
+    *, learning_rate: optax.Schedule, b1: float, b2: float, eps: float, weight_decay: float, clip: float, labels: object
+) -> optax.GradientTransformation:
+    """AdamW behind a global-norm clip for the trained leaves, nothing at all for the frozen ones."""
+    train = optax.chain(
+        optax.clip_by_global_norm(clip),
+        optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+    )
+    return optax.partition({"train": train, "frozen": optax.set_to_zero()}, labels)

@@ -1,0 +1,250 @@
+"""The model as a policy: log-probabilities of given completions, and sampling new ones, as pure jitted functions.
+
+    B prompts   G completions of one prompt   P prompt tokens   T completion tokens   K classes   V vocabulary
+
+A prompt is computed once, however many completions share it: in sampling, in scoring and in the update. A token's
+log-probability comes from the hidden state before it, so the first one comes from the prompt's last token.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ambijax import losses, readout
+from ambijax.model.decoder import Past
+from ambijax.model.qwen2_audio import Qwen2Audio
+from ambijax.structs import Completions, Prompt, Rollout, Scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """The few token ids a policy must know; hashable, so that it can be a static argument."""
+
+    end: int  # ends a completion
+    pad: int  # stands after the end
+    classes: tuple[int, ...]  # K class words
+    anchor: tuple[int, ...]  # 'Final emotion:' as sampled at the start of a line
+    forced: tuple[int, ...]  # the same with its line break, appended to a completion that never got there
+    newline: int  # a token that ends a line
+
+
+class _Read(NamedTuple):
+    last: jax.Array  # [B, D] hidden state of each prompt's last token
+    past: Past
+    length: jax.Array  # [B] prompt tokens without padding
+
+
+def _read(model: Qwen2Audio, variables: dict, prompt: Prompt, rngs: dict) -> _Read:
+    audio = prompt.audio
+    if audio is None:
+        audio = model.apply(variables, prompt.mel, prompt.frames, method="encode", rngs=rngs)
+    hidden, past = model.apply(variables, prompt.tokens, prompt.mask, audio, method="prefill", rngs=rngs)
+    final = prompt.mask.shape[1] - 1 - jnp.argmax(prompt.mask[:, ::-1], axis=1)
+    last = jnp.take_along_axis(hidden, final[:, None, None], axis=1)[:, 0]
+    return _Read(last, past, prompt.mask.sum(axis=1))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "class_ids", "temperature", "chunk"))
+def score(
+    model: Qwen2Audio,
+    variables: dict,
+    prompt: Prompt,
+    completions: Completions,
+    *,
+    class_ids: tuple[int, ...],
+    temperature: float,
+    chunk: int,
+    rngs: dict,
+) -> Scores:
+    """Log-probabilities, entropies and class read-out of given completions (teacher forcing).
+
+    Args:
+      model: the model.
+      variables: {'params', 'lora'} for the policy, {'params'} for the reference.
+      prompt: B prompts.
+      completions: G to each prompt.
+      class_ids: token ids of the K class words.
+      temperature: divides the logits of the log-probabilities (not of the read-out).
+      chunk: completion positions per slice of vocabulary logits; bounds memory at B x G x chunk x V.
+      rngs: {'dropout': key} while training with adapter dropout, else {}.
+    """
+    read = _read(model, variables, prompt, rngs)
+    b, g, t = completions.tokens.shape
+    positions = read.length[:, None, None] + jnp.broadcast_to(jnp.arange(t), (b, g, t))
+    hidden, _ = model.apply(
+        variables, completions.tokens, positions, completions.mask, (read.past,), method="extend", rngs=rngs
+    )
+    first = jnp.broadcast_to(read.last[:, None, None], (b, g, 1, read.last.shape[-1]))
+    before = jnp.concatenate([first, hidden[:, :, :-1]], axis=2)
+    head = model.apply(variables, method="head")
+    logp, entropy = losses.token_log_probs(before, head, completions.tokens, temperature=temperature, chunk=chunk)
+    at_anchor = jnp.take_along_axis(hidden, jnp.maximum(completions.anchor, 0)[..., None, None], axis=2)[:, :, 0]
+    return Scores(
+        logp=jnp.where(completions.mask, logp, 0.0),
+        entropy=jnp.where(completions.mask, entropy, 0.0),
+        readout=readout.logits(at_anchor, head, jnp.array(class_ids)),
+    )
+
+
+def sample_keys(key: jax.Array, example: jax.Array, samples: int) -> jax.Array:
+    """One PRNG key per completion, [B, G], from (seed and step in `key`, example, sample): batching changes nothing."""
+    one = lambda e, g: jax.random.fold_in(jax.random.fold_in(key, e), g)  # noqa: E731
+    return jax.vmap(lambda e: jax.vmap(lambda g: one(e, g))(jnp.arange(samples)))(example)
+
+
+class _Decoding(NamedTuple):
+    """The state of sampling after t tokens."""
+
+    t: jax.Array
+    hidden: jax.Array  # [B, G, D] predicts token t
+    own: Past  # each completion's tokens, [L, B, G, N, ...]; slots < t are written
+    recent: jax.Array  # [B, G, 1 + anchor length] the last tokens, to spot the anchor
+    anchor: jax.Array  # [B, G] position of the anchor's last token, -1 before
+    done: jax.Array  # [B, G]
+    tokens: jax.Array  # [B, G, N]
+    logp: jax.Array  # [B, G, N]
+    readout: jax.Array  # [B, G, K]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "tokens", "samples", "max_tokens", "temperature"))
+def rollout(
+    model: Qwen2Audio,
+    variables: dict,
+    prompt: Prompt,
+    key: jax.Array,
+    ends_line: jax.Array,
+    *,
+    tokens: Tokens,
+    samples: int,
+    max_tokens: int,
+    temperature: float,
+) -> Rollout:
+    """Samples G = `samples` completions of each prompt and reads the class distribution out on the way.
+
+    When a completion passes the answer anchor, the logits of its class words are kept: the read-out costs nothing. One
+    that ends or is cut before gets the anchor appended and is read out all the same (`forced`); the appended tokens
+    are no part of the completion.
+
+    Args:
+      model: the model.
+      variables: {'params', 'lora'}.
+      prompt: B prompts.
+      key: folds in seed and step; example and sample are folded in here.
+      ends_line: bool [V], tokens whose text ends with a line break (a tokenizer may merge '.' and the break).
+      tokens: special token ids.
+      samples: G.
+      max_tokens: N, length of the completion axis.
+      temperature: 0 decodes greedily.
+    """
+    b, g, n = prompt.tokens.shape[0], samples, max_tokens
+    read = _read(model, variables, prompt, {})
+    head = model.apply(variables, method="head")
+    class_ids = jnp.array(tokens.classes)
+    keys = sample_keys(key, prompt.example, samples)
+
+    def logits_of(hidden: jax.Array) -> jax.Array:
+        return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    def forward(new: jax.Array, positions: jax.Array, past: tuple[Past, ...]) -> tuple[jax.Array, Past]:
+        return model.apply(variables, new, positions, jnp.ones(new.shape, bool), past, method="extend")
+
+    def keep_going(s: _Decoding) -> jax.Array:
+        has_room = s.t < n
+        somebody_writes = ~jnp.all(s.done)
+        return has_room & somebody_writes
+
+    def step(s: _Decoding) -> _Decoding:
+        logits = logits_of(s.hidden)
+        just_anchored = (s.anchor == s.t - 1) & (s.anchor >= 0)
+        class_logits = jnp.where(just_anchored[..., None], logits[..., class_ids], s.readout)
+        token, logp = _draw(logits, keys, s.t, temperature)
+        token = jnp.where(s.done, tokens.pad, token)
+
+        recent = jnp.concatenate([s.recent[..., 1:], token[..., None]], axis=-1)
+        anchored = jnp.all(recent[..., 1:] == jnp.array(tokens.anchor), axis=-1) & ends_line[recent[..., 0]]
+        hidden, new = forward(
+            token[..., None],
+            jnp.broadcast_to(read.length[:, None, None] + s.t, (b, g, 1)),
+            (read.past, s.own.replace(mask=jnp.broadcast_to(jnp.arange(n) < s.t, (b, g, n)))),
+        )
+        return _Decoding(
+            t=s.t + 1,
+            hidden=hidden[:, :, 0],
+            own=_write(s.own, new, s.t),
+            recent=recent,
+            anchor=jnp.where(anchored & (s.anchor < 0) & ~s.done, s.t, s.anchor),
+            done=s.done | (token == tokens.end),
+            tokens=jax.lax.dynamic_update_index_in_dim(s.tokens, token, s.t, axis=2),
+            logp=jax.lax.dynamic_update_index_in_dim(s.logp, jnp.where(s.done, 0.0, logp), s.t, axis=2),
+            readout=class_logits,
+        )
+
+    s = jax.lax.while_loop(keep_going, step, _start(read, tokens, b, g, n))
+
+    own_anchor = s.anchor >= 0
+    # An anchor in the very last slot was not followed by a step that could keep its logits.
+    last_slot = (own_anchor & (s.anchor == s.t - 1))[..., None]
+    class_logits = jnp.where(last_slot, logits_of(s.hidden)[..., class_ids], s.readout)
+
+    ended = jnp.any(s.tokens == tokens.end, axis=-1)
+    length = jnp.where(ended, jnp.argmax(s.tokens == tokens.end, axis=-1), n)  # without the end token
+
+    def force(_: None) -> jax.Array:
+        appended = jnp.broadcast_to(jnp.array(tokens.forced), (b, g, len(tokens.forced)))
+        positions = (read.length[:, None] + length)[..., None] + jnp.arange(len(tokens.forced))
+        written = jnp.arange(n) < length[..., None]
+        hidden, _ = forward(appended, positions, (read.past, s.own.replace(mask=written)))
+        forced = readout.logits(hidden[:, :, -1], head, class_ids)
+        return jnp.where(own_anchor[..., None], class_logits, forced)
+
+    return Rollout(
+        completions=Completions(
+            tokens=s.tokens,
+            mask=jnp.arange(n) < (length + ended)[..., None],
+            anchor=jnp.where(own_anchor, s.anchor, -1),
+        ),
+        logp=s.logp,
+        readout=jax.lax.cond(jnp.all(own_anchor), lambda _: class_logits, force, None),
+        forced=~own_anchor,
+        ended=ended,
+    )
+
+
+def _draw(logits: jax.Array, keys: jax.Array, t: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
+    """One token per completion from logits [B, G, V], and its log-probability at the sampling temperature."""
+    if temperature == 0.0:
+        token = jnp.argmax(logits, axis=-1)
+    else:
+        logits = logits / temperature
+        draw = jax.vmap(jax.vmap(lambda k, row: jax.random.categorical(jax.random.fold_in(k, t), row)))
+        token = draw(keys, logits)
+    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+    return token.astype(jnp.int32), chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _write(own: Past, new: Past, t: jax.Array) -> Past:
+    """Puts one new token's keys and values into slot t, in place under jit."""
+    return own.replace(
+        k=jax.lax.dynamic_update_slice_in_dim(own.k, new.k, t, axis=3),
+        v=jax.lax.dynamic_update_slice_in_dim(own.v, new.v, t, axis=3),
+    )
+
+
+def _start(read: _Read, tokens: Tokens, b: int, g: int, n: int) -> _Decoding:
+    layers, _, _, *heads = read.past.k.shape
+    empty = jnp.zeros((layers, b, g, n, *heads), read.past.k.dtype)
+    return _Decoding(
+        t=jnp.int32(0),
+        hidden=jnp.broadcast_to(read.last[:, None], (b, g, read.last.shape[-1])),
+        own=Past(empty, empty, jnp.zeros((b, g, n), bool)),
+        # A completion starts on a fresh line: the prompt ends with a line break.
+        recent=jnp.full((b, g, 1 + len(tokens.anchor)), tokens.newline, jnp.int32),
+        anchor=jnp.full((b, g), -1, jnp.int32),
+        done=jnp.zeros((b, g), bool),
+        tokens=jnp.full((b, g, n), tokens.pad, jnp.int32),
+        logp=jnp.zeros((b, g, n), jnp.float32),
+        readout=jnp.zeros((b, g, len(tokens.classes)), jnp.float32),
+    )

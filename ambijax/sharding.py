@@ -1,0 +1,148 @@
+"""Where every array lives: one table from logical axes to mesh axes.
+
+    data    batch only: each group of devices has its own examples and a whole copy of the weights' shards
+    fsdp    batch and weights: weights are gathered a layer at a time
+    tensor  heads, feed-forward and vocabulary
+
+The mesh axes are `Auto`: we place inputs and parameters, XLA places the rest.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ambijax.errors import ConfigError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axis. An axis that is not listed is never split.
+RULES = {
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+# Module -> logical axes of its matrix [in, out]. Biases follow the out axis, an adapter's A the in and B the out axis.
+MATRICES = {
+    "q_proj": ("embed", "heads"),
+    "k_proj": ("embed", "heads"),
+    "v_proj": ("embed", "heads"),
+    "o_proj": ("heads", "embed"),
+    "out_proj": ("heads", "embed"),
+    "gate_proj": ("embed", "mlp"),
+    "up_proj": ("embed", "mlp"),
+    "down_proj": ("mlp", "embed"),
+    "fc1": ("embed", "mlp"),
+    "fc2": ("mlp", "embed"),
+    "embed_tokens": ("vocab", "embed"),
+    "lm_head": ("embed", "vocab"),
+    "multi_modal_projector": (None, "embed"),
+}
+
+
+def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+    """A mesh over all devices; one axis may be -1 and takes what the others leave.
+
+    Raises:
+      ConfigError: the product is not the number of devices.
+    """
+    shape = [data, fsdp, tensor]
+    devices = jax.device_count()
+    rest = int(np.prod([n for n in shape if n != -1]))
+    valid = [n for n in shape if n == -1 or n > 0]
+    if len(valid) < 3 or shape.count(-1) > 1 or devices % rest or (-1 not in shape and rest != devices):
+        raise ConfigError(
+            f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} does not make {devices} devices; "
+            f"set one of them to -1 to let it take what the others leave, the others to divisors of {devices}"
+        )
+    shape = [devices // rest if n == -1 else n for n in shape]
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def partition(*logical: str | None) -> PartitionSpec:
+    """Logical axes, one per dimension, to a PartitionSpec.
+
+    Raises:
+      ConfigError: two dimensions want the same mesh axis.
+    """
+    spec = [RULES.get(axis) for axis in logical]
+    used = [name for entry in spec if entry for name in ((entry,) if isinstance(entry, str) else entry)]
+    if len(used) != len(set(used)):
+        raise ConfigError(f"sharding.RULES puts two of the axes {logical} on the same mesh axis")
+    return PartitionSpec(*spec)
+
+
+def parameter(path: str) -> PartitionSpec:
+    """The PartitionSpec of a variable by its path, for example 'params/language_model/layers/q_proj/kernel'."""
+    *modules, leaf = path.split("/")
+    stacked = (None,) if "layers" in modules else ()  # layers are stacked on a leading axis
+    name = leaf if leaf in MATRICES else modules[-1]
+    if name not in MATRICES:
+        return PartitionSpec()  # norms, convolutions, positions: small, on every device
+    rows, columns = MATRICES[name]
+    axes = {"bias": (columns,), "a": (rows, None), "b": (None, columns)}.get(leaf, (rows, columns))
+    return partition(*stacked, *axes)
+
+
+def paths(tree: object) -> object:
+    """The tree with every leaf replaced by its path, 'params/language_model/...'."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path), tree
+    )
+
+
+def shardings(variables: object, mesh: Mesh) -> object:
+    """A NamedSharding for every leaf of a variables tree {'params': ..., 'lora': ...}."""
+    return jax.tree.map(lambda path: NamedSharding(mesh, parameter(path)), paths(variables))
+
+
+def place(batch: object, mesh: Mesh) -> object:
+    """Host arrays with a leading batch axis to the mesh, split over 'data' and 'fsdp'."""
+    sharding = NamedSharding(mesh, partition("batch"))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def fetch(tree: object) -> object:
+    """The inverse of `place`: this process's rows as numpy arrays."""
+
+    def rows(x: jax.Array) -> np.ndarray:
+        if x.is_fully_addressable:
+            return np.asarray(x)
+        shards = [shard for shard in x.addressable_shards if shard.replica_id == 0]
+        return np.concatenate([shard.data for shard in sorted(shards, key=lambda s: s.index[0].start or 0)])
+
+    return jax.tree.map(rows, tree)
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Keeps an activation split over its leading batch axis, so that XLA moves weights and not activations."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition("batch"))
+
+
+def check(mesh: Mesh, *, batch: int, heads: int, kv_heads: int, hidden: int, mlp: int, vocab: int) -> list[str]:
+    """What does not divide, each with the config key and the nearest values that would; empty when all is well."""
+    split = mesh.shape["data"] * mesh.shape["fsdp"]
+    found = []
+    if batch % split:
+        low, high = batch // split * split, -(-batch // split) * split
+        nearest = f"{low} or {high}" if low else f"{high}"
+        found.append(f"data.batch_size={batch} is not a multiple of mesh.data x mesh.fsdp = {split}; try {nearest}")
+    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    wanted = [
+        ("attention heads", heads),
+        ("key-value heads", kv_heads),
+        ("feed-forward width", mlp),
+        ("vocabulary", vocab),
+    ]
+    for what, size in wanted:
+        if size % tensor:
+            divisors = [n for n in range(1, tensor) if all(s % n == 0 for _, s in wanted)]
+            found.append(f"mesh.tensor={tensor} does not divide the model's {size} {what}; try {divisors[-1]}")
+    if hidden % fsdp:
+        divisors = [n for n in range(1, fsdp) if hidden % n == 0]
+        found.append(f"mesh.fsdp={fsdp} does not divide the model's hidden width {hidden}; try {divisors[-1]}")
+    return found
