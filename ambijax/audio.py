@@ -59,19 +59,14 @@ def load(path: str | Path) -> np.ndarray:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    _assert_whole(path)
     try:
+        _assert_whole(path)
         with soundfile.SoundFile(path) as file:
-            rate, limit = (
-                file.samplerate,
-                SECONDS * file.samplerate + 1,
-            )  # one more tells `check` that it is too long
+            rate = file.samplerate
+            limit = SECONDS * rate + 1  # one frame more tells `check` that the clip is too long
             samples = file.read(limit, dtype="float32", always_2d=True)
             declared = min(file.frames, limit)
-    except (
-        soundfile.SoundFileError,
-        TypeError,
-    ) as error:  # TypeError: soundfile takes *.raw for headerless
+    except (OSError, soundfile.SoundFileError, TypeError) as error:  # TypeError: *.raw means headerless to soundfile
         raise DataError(f"{path}: not a readable sound file, its header or data is corrupt ({error})") from None
     if len(samples) < declared:
         raise DataError(f"{path}: truncated, {len(samples)} of {file.frames} frames are there; copy it again")
@@ -88,7 +83,7 @@ def _assert_whole(path: Path) -> None:
         if head == b"version http":
             raise DataError(f"{path}: a git-lfs pointer, not the sound itself; run `git lfs pull` in its repository")
         if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-            return  # a truncated flac ends in a decoder error
+            return  # elsewhere decoding fails or ends early
         while len(header := file.read(8)) == 8:
             length = int.from_bytes(header[4:], "little")
             if header[:4] == b"data":

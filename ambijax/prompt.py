@@ -88,7 +88,9 @@ def load(directory: str | Path, labels: Sequence[str]) -> Vocabulary:
     ids = {field: tokenizer.token_to_id(name) for field, name in _SPECIAL.items()}
     if missing := [_SPECIAL[field] for field, token in ids.items() if token is None]:
         raise ConfigError(f"{path}: no {', '.join(missing)}; this is not the tokenizer of a Qwen2-Audio")
-    if unsafe := [name for field, name in _SPECIAL.items() if ids[field] in tokenizer.encode(name).ids]:
+    if unsafe := [
+        name for field, name in _SPECIAL.items() if ids[field] in tokenizer.encode(name, add_special_tokens=False).ids
+    ]:
         raise ConfigError(f'{path}: plain text can say {", ".join(unsafe)}; mark them "special": true')
     words = {label: tokenizer.encode(f" {label}", add_special_tokens=False).ids for label in labels}
     if several := [label for label, pieces in words.items() if len(pieces) != 1]:
