@@ -33,16 +33,16 @@ GENERATOR = 1  # raise when the sound, the votes or the teacher's words change: 
 _SPEAKER, _LISTENER, _CLIP = range(3)
 
 # The actors.
-_ACTED_SHARE = (0.35, 1.0)  # how much of the blend is the emotion that was asked for
-_INTENSITY = (0.35, 1.25)
+_ACTED_SHARE = (0.4, 1.0)  # how much of the blend is the emotion that was asked for
+_INTENSITY = (0.4, 1.4)
 _UNMEANT = 0.35  # standard deviations of the tone that mean nothing
 
 # The listeners.
-_POOL = 100
-_MISHEARD = 0.5  # standard deviations a dimension: nobody knows a speaker's usual voice exactly
-_DOUBT = 1.6  # temperature of the choice
+POOL = 100
+_MISHEARD = 0.45  # standard deviations a dimension: nobody knows a speaker's usual voice exactly
+_DOUBT = 1.5  # temperature of the choice
 _HABIT = 0.4  # spread of a listener's bias towards each class, in logits
-_TO_NEUTRAL = 0.6  # bias that all share, in logits: in doubt people choose neutral (CREMA-D)
+_TO_NEUTRAL = 0.4  # bias that all share, in logits: in doubt people choose neutral (CREMA-D)
 _WORDS_COUNT = 1.2  # logits for an emotion that the words carry
 
 
@@ -67,8 +67,8 @@ class Spec:
             problems.append(f"folds={self.folds} must be between 1 and speakers={self.speakers}")
         if self.clips_per_speaker < 1:
             problems.append(f"clips_per_speaker={self.clips_per_speaker} must be at least 1")
-        if not 1 <= self.listeners[0] <= self.listeners[1] <= _POOL:
-            problems.append(f"listeners={self.listeners} must be (fewest, most) between 1 and {_POOL}")
+        if not 1 <= self.listeners[0] <= self.listeners[1] <= POOL:
+            problems.append(f"listeners={self.listeners} must be (fewest, most) between 1 and {POOL}")
         if problems:
             raise ConfigError(f"synthetic corpus: {'; '.join(problems)}")
 
@@ -135,7 +135,7 @@ IEMOCAP_LIKE = Spec(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Clip:
+class Clip:
     """One clip before it is a file."""
 
     id: str
@@ -151,7 +151,7 @@ def _profiles(labels: tuple[str, ...]) -> np.ndarray:
     return np.array([[teacher.PROFILE[label][name] for name in talker.VOICE] for label in labels])
 
 
-def _speaker(spec: Spec, index: int) -> talker.Speaker:
+def talker_of(spec: Spec, index: int) -> talker.Speaker:
     gender = ("female", "male")[(index % spec.folds + index // spec.folds) % 2]  # both in every fold
     return talker.speaker(np.random.default_rng([spec.seed, _SPEAKER, index]), gender)
 
@@ -185,15 +185,15 @@ def opinions(rng: np.random.Generator, spec: Spec, tone: np.ndarray, sentence: s
     return likely / likely.sum(axis=1, keepdims=True)
 
 
-def _clip(spec: Spec, who: talker.Speaker, index: int, take: int) -> _Clip:
+def act(spec: Spec, who: talker.Speaker, index: int, take: int) -> Clip:
     rng = np.random.default_rng([spec.seed, _CLIP, index, take])
     acted = take % len(spec.labels)
     sentence = _sentence(rng, spec, acted)
     samples, tone = talker.speak(rng, who, sentence, _tone(rng, spec, acted), spec.channel)
-    panel = rng.choice(_POOL, size=rng.integers(spec.listeners[0], spec.listeners[1] + 1), replace=False)
+    panel = rng.choice(POOL, size=rng.integers(spec.listeners[0], spec.listeners[1] + 1), replace=False)
     likely = opinions(rng, spec, tone, sentence, panel)
     votes = (likely.cumsum(axis=1) < rng.random(len(panel))[:, None]).sum(axis=1)
-    return _Clip(
+    return Clip(
         id=f"{index:03d}_{take:03d}_{spec.labels[acted][:3].upper()}",
         sentence=sentence,
         samples=np.round(samples * 32767).astype(np.int16),
@@ -234,9 +234,9 @@ def _write(root: Path, spec: Spec) -> None:
     (root / "wav").mkdir(parents=True)
     clips, measured, speakers = [], [], []
     pairs = [(s, t) for s in range(spec.speakers) for t in range(spec.clips_per_speaker)]
-    people = [_speaker(spec, index) for index in range(spec.speakers)]
+    people = [talker_of(spec, index) for index in range(spec.speakers)]
     for index, take in tqdm(pairs, desc=f"talking to {root.stem}", unit="clip", disable=None):
-        clip = _clip(spec, people[index], index, take)
+        clip = act(spec, people[index], index, take)
         soundfile.write(root / "wav" / f"{clip.id}.wav", clip.samples, talker.SAMPLE_RATE, subtype="PCM_16")
         measured.append(acoustics.measure(clip.samples.astype(np.float32) / 32768))
         speakers.append(f"{index:03d}")
