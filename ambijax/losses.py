@@ -198,9 +198,11 @@ def token_log_probs(
     """
     chex.assert_shape(hidden, (*targets.shape, kernel.shape[0]))
     time = targets.ndim - 1
-    logp, entropy = _sliced_log_probs(_slices(hidden, time, chunk), kernel, _slices(targets, time, chunk), temperature)
+    logp, entropy = _sliced_log_probs(
+        _slices(hidden, time, chunk), kernel.astype(hidden.dtype), _slices(targets, time, chunk), temperature
+    )
     shape = (*targets.shape[:-1], -1)
-    logp, entropy = (jnp.moveaxis(x, 0, time - 1).reshape(shape) for x in (logp, entropy))
+    logp, entropy = (jnp.moveaxis(x, 0, time).reshape(shape) for x in (logp, entropy))
     return logp[..., : targets.shape[-1]], entropy[..., : targets.shape[-1]]
 
 
@@ -265,8 +267,7 @@ def _score(
 
 
 def _dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., M] times kernel [M, N] in x's dtype, accumulated in float32."""
-    return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
 
 
 def _log_ratio(logp: jax.Array, logp_other: jax.Array) -> jax.Array:
