@@ -64,6 +64,10 @@ class Dataset:
         """All soft labels, float32 [N, K]."""
         return np.stack([example.target for example in self.examples])
 
+    def at(self, example: int) -> manifest.Utterance:
+        """The utterance with this number across the corpus, as in `Prompt.example`."""
+        return self.utterances[example - self.first]
+
     def prompts(self, indices: Sequence[int]) -> Prompt:
         """The prompts of some utterances as numpy arrays, in the smallest window that holds them all."""
         sounds = [self.sounds[i] for i in indices]

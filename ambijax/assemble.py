@@ -1,0 +1,173 @@
+"""Settings -> the things a command needs before its first step: mesh, model, tokenizer, weights, data."""
+
+import dataclasses
+from pathlib import Path
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from ml_collections import FrozenConfigDict
+
+from ambijax import checkpoint, convert, data, features, manifest, optim, prompt, sharding
+from ambijax.algorithms import Setting
+from ambijax.corpora import synthetic
+from ambijax.errors import ConfigError
+from ambijax.model import config as model_config
+from ambijax.model import qwen2_audio
+
+
+def setting(config: FrozenConfigDict) -> Setting:
+    """Mesh, model and tokenizer, checked against each other before any weight is read.
+
+    Raises:
+      ConfigError: lists everything that does not fit.
+    """
+    shape = model_config.load(config.model.checkpoint)
+    mesh = sharding.make_mesh(**config.mesh)
+    text = shape.text
+    wrong = sharding.check(
+        mesh,
+        batch=config.data.batch_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        hidden=text.hidden_size,
+        mlp=text.intermediate_size,
+        vocab=text.vocab_size,
+    )
+    if wrong:
+        raise ConfigError("mesh: " + "; ".join(wrong))
+    vocabulary = prompt.load(config.model.checkpoint, config.data.labels)
+    prompt.assert_fits(vocabulary, text.vocab_size, shape.audio_token)
+    model = qwen2_audio.Qwen2Audio(
+        config=shape,
+        lora=model_config.LoraConfig(**config.lora),
+        dtype=jnp.dtype(config.model.dtype),
+        remat=config.model.remat,
+    )
+    return Setting(model=model, vocabulary=vocabulary, mesh=mesh, config=config)
+
+
+def base(setting: Setting) -> dict:
+    """The checkpoint's weights, read straight into their shards: the collection 'params'."""
+    return convert.load(
+        setting.config.model.checkpoint,
+        setting.model,
+        dtype=setting.model.dtype,
+        sharding=lambda path: NamedSharding(setting.mesh, sharding.parameter(f"params/{path}")),
+    )
+
+
+def corpus(config: FrozenConfigDict) -> manifest.Corpus:
+    """The configured corpus; a synthetic one is written when it is not there."""
+    d = config.data
+    if d.corpus == "synthetic":
+        spec = dataclasses.replace(
+            synthetic.CREMAD_LIKE,
+            seed=d.seed,
+            labels=tuple(d.labels),
+            speakers=d.speakers,
+            clips_per_speaker=d.clips_per_speaker,
+        )
+        return synthetic.write(Path(d.root), spec)
+    if d.corpus == "manifest":
+        return manifest.read(d.root)
+    raise ConfigError(f"data.corpus={d.corpus!r} must be 'manifest' or 'synthetic'")
+
+
+def datasets(
+    setting: Setting, params: dict, names: tuple[str, ...], *, swap_audio: bool = False
+) -> dict[str, data.Dataset]:
+    """The named splits ('train', 'dev', 'test'), their clips heard once.
+
+    With `swap_audio` every utterance gets the sound of another half a split away: the control that shows whether a
+    model listens at all.
+
+    Raises:
+      ConfigError, DataError: the corpus is missing, broken, or leaks speakers between splits.
+    """
+    d = setting.config.data
+    everything = corpus(setting.config)
+    splits = manifest.split(everything, d.fold, d.dev)
+    splits = {name: utterances for name, utterances in splits.items() if name in names}
+    limit = setting.config.eval.max_clips
+    if "test" in splits and limit >= 0:
+        splits["test"] = splits["test"][:limit]
+    if swap_audio:
+        splits = {name: _swapped(utterances) for name, utterances in splits.items()}
+    live = trains_tower(setting.config)
+    sounds = features.compute(
+        everything,
+        [utterance for utterances in splits.values() for utterance in utterances],
+        setting.model,
+        params,
+        setting.mesh,
+        windows=tuple(d.windows),
+        live_tower=live,
+    )
+    return data.build(
+        splits,
+        sounds,
+        setting.vocabulary,
+        windows=tuple(d.windows),
+        max_tokens=d.max_tokens,
+        cot=d.cot,
+        gold_label=d.gold_label,
+        seed=setting.config.seed,
+        label_in_ce=setting.config.loss.lambda_kl == 0,
+        live_tower=live,
+    )
+
+
+def trains_tower(config: FrozenConfigDict) -> bool:
+    """Whether anything between the sound and the decoder is trained, so that its output cannot be computed once."""
+    return config.lora.audio_tower or any(not pattern.startswith("lora") for pattern in config.optim.train)
+
+
+def _swapped(utterances: list[manifest.Utterance]) -> list[manifest.Utterance]:
+    half = len(utterances) // 2
+    others = utterances[half:] + utterances[:half]
+    return [dataclasses.replace(u, audio=other.audio) for u, other in zip(utterances, others, strict=True)]
+
+
+def adapters(setting: Setting) -> dict:
+    """The collection 'lora' a run starts from: fresh ones, seeded, B = 0; or those of the run `init_from`."""
+    key = jax.random.key(setting.config.seed)
+    made = jax.jit(lambda key: qwen2_audio.init(setting.model, key)["lora"])
+    like = jax.eval_shape(made, key)
+    where = sharding.shardings({"lora": like}, setting.mesh)["lora"]
+    if setting.config.init_from:
+        _, trained, _ = checkpoint.load_adapters(Path(setting.config.init_from) / "checkpoints", best=False)
+        return _placed(trained["lora"], like, where, setting.config.init_from)
+    return jax.jit(made, out_shardings=where)(key)
+
+
+def trained(setting: Setting, run: Path) -> dict:
+    """The variables of a finished run: its base weights, with what it trained in place."""
+    variables = {"params": base(setting)}
+    like = qwen2_audio.shapes(setting.model)
+    where = sharding.shardings(like, setting.mesh)
+    _, loaded, _ = checkpoint.load_adapters(run / "checkpoints", best=False)
+    for collection, tree in loaded.items():
+        part = _placed(tree, like[collection], where[collection], run)
+        variables[collection] = optim.merge(part, variables.get(collection, part))
+    return variables
+
+
+def _placed(tree: dict, like: dict, where: dict, run: str | Path) -> dict:
+    """Host arrays `tree`, a part of `like`, into their shards; None where `tree` has nothing."""
+    flat = {path: (shape, sharding) for path, shape, sharding in _leaves(like, where)}
+    for path, array in flax.traverse_util.flatten_dict(tree, sep="/").items():
+        if path not in flat or flat[path][0].shape != array.shape:
+            wanted = flat[path][0].shape if path in flat else "absent"
+            raise ConfigError(f"{run}: trained {path} is {array.shape} there and {wanted} in the model; check lora.*")
+        flat[path] = jax.device_put(array, flat[path][1])
+    return flax.traverse_util.unflatten_dict(
+        {path: value if isinstance(value, jax.Array) else None for path, value in flat.items()}, sep="/"
+    )
+
+
+def _leaves(like: dict, where: dict) -> list[tuple]:
+    shapes = flax.traverse_util.flatten_dict(like, sep="/")
+    shardings = flax.traverse_util.flatten_dict(where, sep="/")
+    return [(path, shape, shardings[path]) for path, shape in shapes.items()]

@@ -1,0 +1,133 @@
+"""An experiment's settings: from a config file and the command line, checked at once, and to and from a run directory.
+
+A config file is a program and is executed; what a run leaves is `config.json`, plain data. So whoever evaluates or
+resumes a run somebody else made executes nothing of theirs.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+
+from ambijax.errors import ConfigError
+
+
+def parse(argv: list[str]) -> tuple[FrozenConfigDict, Path]:
+    """`--config FILE[:VARIANT] [--config.KEY=VALUE ...] --workdir DIR` to (checked settings, run directory).
+
+    Raises:
+      ConfigError: a flag, a key or a value is wrong; all problems of the values are listed at once.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", help_string="FILE[:VARIANT]", flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("workdir", "", "run directory", flag_values=values)
+    flags.DEFINE_bool("help", False, "show the usage", flag_values=values)
+    usage = "usage: python -m ambijax.train --config configs/grpoz.py:tiny --workdir runs/tiny [--config.KEY=VALUE ...]"
+    if {"-h", "--help"} & set(argv):
+        raise SystemExit(usage)
+    try:
+        rest = values(argv)[1:]
+        config = values.config
+        _ = config is None or config.algorithm  # a file that failed to load fails here
+    except flags.Error as error:
+        raise ConfigError(_one_line(error)) from None
+    except (KeyError, AttributeError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        raise ConfigError(f"--config: {_one_line(error)}") from None
+    if rest:
+        raise ConfigError(f"unexpected argument {rest[0]!r}; {usage}")
+    if config is None or not values.workdir:
+        raise ConfigError(f"--{'config' if config is None else 'workdir'} is missing; {usage}")
+    check(config)
+    return FrozenConfigDict(config), Path(values.workdir)
+
+
+def _one_line(error: Exception) -> str:
+    """The gist of an error of config_flags, which may be a traceback in a string or the repr of another error."""
+    text = str(error).strip()
+    if "Traceback" in text:
+        text = text.splitlines()[-1]
+    text = " ".join(text.replace("\\n", " ").replace("\\'", "'").split())
+    while len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    return text
+
+
+def check(config: ConfigDict) -> None:
+    """Everything that can be wrong with the values alone, before any file is read.
+
+    Raises:
+      ConfigError: lists all problems, one a line.
+    """
+    c, wrong = config, []
+
+    def need(holds: bool, message: str) -> None:
+        if not holds:
+            wrong.append(message)
+
+    known = ("sft", "dpo", "grpo", "grpoz")
+    need(c.algorithm in known, f"algorithm={c.algorithm!r} must be one of {', '.join(known)}")
+    need(c.steps >= 1, f"steps={c.steps} must be at least 1")
+    need(c.model.dtype in ("float32", "bfloat16"), f"model.dtype={c.model.dtype!r} must be float32 or bfloat16")
+    need(hasattr(jax.checkpoint_policies, c.model.remat), f"model.remat={c.model.remat!r} is no jax.checkpoint policy")
+    need(c.lora.rank >= 1, f"lora.rank={c.lora.rank} must be at least 1")
+    need(0 <= c.lora.dropout < 1, f"lora.dropout={c.lora.dropout} must be in [0, 1)")
+    need(c.data.batch_size >= 1, f"data.batch_size={c.data.batch_size} must be at least 1")
+    need(
+        len(set(c.data.labels)) == len(c.data.labels) >= 2, f"data.labels={c.data.labels} must be distinct, two or more"
+    )
+    need(c.data.dev in ("next_fold", "groups"), f"data.dev={c.data.dev!r} must be next_fold or groups")
+    need(c.data.gold_label in ("argmax", "sample"), f"data.gold_label={c.data.gold_label!r} must be argmax or sample")
+    need(0 <= c.optim.warmup < 1, f"optim.warmup={c.optim.warmup} must be a fraction of the steps in [0, 1)")
+    need(c.optim.learning_rate > 0, f"optim.learning_rate={c.optim.learning_rate} must be positive")
+    need(c.optim.clip > 0, f"optim.clip={c.optim.clip} must be positive")
+    need(c.loss.chunk >= 1, f"loss.chunk={c.loss.chunk} must be at least 1")
+    need(c.readout.temperature > 0, f"readout.temperature={c.readout.temperature} must be positive")
+    need(c.checkpoint.every >= 1 and c.checkpoint.keep >= 1, "checkpoint.every and checkpoint.keep must be at least 1")
+    need(c.eval.batch_size >= 1, f"eval.batch_size={c.eval.batch_size} must be at least 1")
+    need(c.log_every >= 1, f"log_every={c.log_every} must be at least 1")
+    if c.algorithm in ("grpo", "grpoz"):
+        need(c.grpo.samples >= 2, f"grpo.samples={c.grpo.samples}: a group needs at least 2")
+        need(c.grpo.updates >= 1, f"grpo.updates={c.grpo.updates} must be at least 1")
+        need(c.grpo.temperature > 0, f"grpo.temperature={c.grpo.temperature} must be positive: a group must differ")
+        need(c.grpo.scale in ("std", "none"), f"grpo.scale={c.grpo.scale!r} must be std or none")
+        how = ("sequence_mean", "token_mean", "constant_length")
+        need(c.grpo.aggregate in how, f"grpo.aggregate={c.grpo.aggregate!r} must be one of {', '.join(how)}")
+        need(c.grpo.gold_reward in ("maximal", "measured"), "grpo.gold_reward must be maximal or measured")
+        need(c.lora.dropout == 0, f"lora.dropout={c.lora.dropout} must be 0 in RL: it would change pi between passes")
+    if c.algorithm == "dpo":
+        need(c.dpo.samples >= 1, f"dpo.samples={c.dpo.samples} must be at least 1")
+        kinds = ("worst", "random", "all")
+        need(c.dpo.negatives in kinds, f"dpo.negatives={c.dpo.negatives!r} must be one of {', '.join(kinds)}")
+    on_reference = c.algorithm == "dpo" or (c.algorithm != "sft" and c.grpo.beta_kl > 0)
+    trains_base = any(not pattern.startswith("lora") for pattern in c.optim.train)
+    need(
+        not (on_reference and trains_base),
+        "optim.train reaches base weights, but the reference policy is the base without adapters; "
+        "train lora only, or set grpo.beta_kl=0",
+    )
+    if wrong:
+        raise ConfigError("configuration: " + "; ".join(wrong))
+
+
+def save(config: FrozenConfigDict, workdir: Path) -> None:
+    """Writes `workdir/config.json`."""
+    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def load(workdir: str | Path) -> FrozenConfigDict:
+    """Reads a run's `config.json`; nothing is executed.
+
+    Raises:
+      ConfigError: not a run directory, or a config that cannot work.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{workdir} is not a run directory: {path} does not exist")
+    try:
+        config = FrozenConfigDict(json.loads(path.read_text()))
+        check(config)
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{path} is not a config of this version: {error}") from None
+    return config

@@ -1,0 +1,114 @@
+"""What all experiments share, and the corpora they can run on: `get_config('tiny' | 'cremad' | 'iemocap')`.
+
+Every number of an experiment stands in this directory, none in the package. "Paper" marks what the paper states;
+"unknown" marks what it leaves open and we had to choose. An algorithm's own file changes only what it is about.
+"""
+
+from importlib import resources
+
+from ml_collections import ConfigDict
+
+from ambijax import emotions
+
+
+def get_config(corpus: str) -> ConfigDict:
+    """The common part of every experiment on one corpus."""
+    c = ConfigDict()
+    c.seed = 0
+    c.algorithm = "sft"  # sft | dpo | grpo | grpoz
+    c.steps = 3000  # unknown; CREMA-D's training folds are 1,100 batches of 4 an epoch
+    c.init_from = ""  # a run directory whose adapters to start from; the paper starts DPO and GRPO from the base
+
+    c.model = ConfigDict()
+    c.model.checkpoint = "Qwen2-Audio-7B-Instruct"  # Hugging Face directory, or one written by ambijax.convert
+    c.model.dtype = "bfloat16"  # of base weights and activations; adapters, norms and softmax stay float32
+    c.model.remat = "nothing_saveable"  # jax.checkpoint policy: recompute a layer in the backward pass
+
+    c.lora = ConfigDict()
+    c.lora.rank = 8  # paper: r = 8, alpha = 16 on attention and feed-forward projections
+    c.lora.alpha = 16.0
+    c.lora.dropout = 0.0  # in RL the policy that samples and the one that learns must agree
+    c.lora.audio_tower = False  # the tower is frozen, so that its output is computed once a clip
+
+    c.mesh = ConfigDict()  # product = number of devices; -1 takes what the others leave
+    c.mesh.data = 1
+    c.mesh.fsdp = -1
+    c.mesh.tensor = 1
+
+    c.data = ConfigDict()
+    c.data.batch_size = 8  # prompts a step, over all devices; unknown
+    c.data.windows = (256, 512, 1024, 3000)  # audio lengths in 10 ms mel frames that programs are compiled for
+    c.data.max_tokens = 256  # completion length; the paper's chains of thought are about 150 words
+    c.data.cot = True  # False: answer without reasoning (Table 3)
+    c.data.gold_label = "argmax"  # class word of the curated trajectory; unknown, alternative: sample from the votes
+
+    c.optim = ConfigDict()
+    c.optim.train = ("lora/.*",)  # regular expressions over variable paths; the rest is frozen
+    c.optim.learning_rate = 1e-4  # paper, for SFT
+    c.optim.warmup = 0.03  # paper: linear over 3 % of the steps, then cosine to zero
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.999
+    c.optim.eps = 1e-8
+    c.optim.weight_decay = 0.0  # unknown; LoRA is its own regulariser
+    c.optim.clip = 1.0  # global norm; unknown
+
+    c.loss = ConfigDict()
+    c.loss.lambda_ce = 1.0  # unknown
+    c.loss.lambda_kl = 1.0  # unknown; while it is on, cross entropy leaves the class word out: both fight at its logits
+    c.loss.chunk = 32  # completion positions per slice of vocabulary logits; bounds memory, changes nothing
+
+    c.readout = ConfigDict()
+    c.readout.temperature = 1.0  # divides the class logits
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 100  # steps
+    c.checkpoint.keep = 2
+
+    c.eval = ConfigDict()
+    c.eval.batch_size = 16  # clips at once
+    c.eval.max_clips = -1  # of the test split; -1: all
+
+    c.log_every = 10  # steps
+
+    variants = {"tiny": _tiny, "cremad": _cremad, "iemocap": _iemocap}
+    if corpus not in variants:
+        raise ValueError(f"no variant {corpus!r}; choose one of {', '.join(variants)}, as in configs/sft.py:tiny")
+    variants[corpus](c)
+    return c
+
+
+def _cremad(c: ConfigDict) -> None:
+    c.data.corpus = "manifest"  # written by: python -m ambijax.prepare --corpus=cremad
+    c.data.root = "data/cremad"
+    c.data.labels = emotions.CREMAD
+    c.data.fold = 0  # five speaker-independent folds; unknown in the paper
+    c.data.dev = "next_fold"
+
+
+def _iemocap(c: ConfigDict) -> None:
+    c.data.corpus = "manifest"  # written by: python -m ambijax.prepare --corpus=iemocap
+    c.data.root = "data/iemocap"
+    c.data.labels = emotions.IEMOCAP
+    c.data.fold = 0  # paper: leave one session out, five folds
+    c.data.dev = "groups"  # a tenth of the training dialogs: a whole session would be too much
+
+
+def _tiny(c: ConfigDict) -> None:
+    """The tiny lab: a Qwen2-Audio of three million parameters that ships with the package, on synthetic speech."""
+    c.model.checkpoint = str(resources.files("ambijax") / "tiny")
+    c.model.dtype = "float32"  # two CPU cores
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.data.corpus = "synthetic"  # written to data.root when it is not there
+    c.data.root = "runs/corpora/tiny"
+    c.data.labels = emotions.CREMAD
+    c.data.fold = 0
+    c.data.dev = "next_fold"
+    c.data.windows = (256,)  # clips of 1.0 to 2.4 s
+    c.data.max_tokens = 112  # the offline teacher writes about 60 words
+    c.data.speakers = 25
+    c.data.clips_per_speaker = 16
+    c.data.seed = 2026  # of the corpus; the tiny model was trained on other speakers
+    c.eval.batch_size = 40
+    c.checkpoint.every = 20
+    c.log_every = 1
