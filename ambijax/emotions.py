@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ambijax.errors import DataError
+from ambijax.errors import ConfigError, DataError
 
 # The order is the order of every [K] axis in the project.
 IEMOCAP = ("anger", "happiness", "sadness", "neutral")
@@ -36,3 +36,31 @@ def soft_label(votes: Mapping[str, float], labels: Sequence[str]) -> np.ndarray:
     if counts.sum() == 0:
         raise DataError(f"no vote falls on {', '.join(labels)}; votes are {dict(votes)}")
     return (counts / counts.sum()).astype(np.float32)
+
+
+def rename(votes: Mapping[str, float], words: Mapping[str, str]) -> dict[str, float]:
+    """Votes in another corpus' words: each emotion under the word it maps to, or its own; counts that meet add up.
+
+    >>> rename({"happy": 2, "joy": 1, "anger": 3}, {"happy": "happiness", "joy": "happiness"})
+    {'happiness': 3, 'anger': 3}
+    """
+    renamed: dict[str, float] = {}
+    for emotion, count in votes.items():
+        word = words.get(emotion, emotion)
+        renamed[word] = renamed.get(word, 0) + count
+    return renamed
+
+
+def shared_classes(labels: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
+    """The classes two corpora have in common, in the order of `labels`: what cross-corpus evaluation reads out.
+
+    Raises:
+      ConfigError: fewer than two, so that there is nothing to tell apart.
+
+    >>> shared_classes(CREMAD, IEMOCAP)
+    ('anger', 'happiness', 'sadness', 'neutral')
+    """
+    shared = tuple(label for label in labels if label in others)
+    if len(shared) < 2:
+        raise ConfigError(f"the classes {', '.join(labels)} and {', '.join(others)} share fewer than two words")
+    return shared

@@ -1,18 +1,23 @@
-"""The one shape of every corpus: a manifest.jsonl beside its audio, one utterance a line.
+"""The one shape of every corpus: a manifest beside its audio, one utterance a line (docs/corpora/manifest.md).
 
     {"id": "1001_IEO_ANG_HI", "audio": "wav/1001_IEO_ANG_HI.wav", "transcript": "It's eleven o'clock.",
      "speaker": "1001", "fold": 0, "group": "1001", "votes": {"anger": 7, "neutral": 2}, "cot": "Keywords: ...",
      "gender": "female"}
 
-`audio` is relative to the manifest's directory. `cot` is the reasoning without the answer line; an empty one keeps
-the utterance for the KL alone. A third corpus needs this file and no code.
+`manifest.jsonl` holds such lines; `manifest.csv` holds the same fields as columns, the votes as `votes.anger`,
+`votes.neutral`, ... A third corpus needs one of these files and no code.
+
+`audio` is relative to the manifest's directory, or to the `audio_root` that a `corpus.json` beside the manifest
+names, so that the manifest of a read-only release can lie elsewhere. `cot` is the reasoning without the answer line;
+an empty one keeps the utterance for the KL alone.
 """
 
 import collections
+import csv
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -25,7 +30,7 @@ class Utterance:
     """One clip, what is said in it, and how its annotators voted."""
 
     id: str
-    audio: str  # path relative to the corpus root
+    audio: str  # path relative to the corpus' audio root
     transcript: str
     speaker: str
     fold: int  # the fold in which this utterance is a test utterance
@@ -39,29 +44,46 @@ class Utterance:
 class Corpus:
     """The utterances under one directory, in manifest order."""
 
-    root: Path
+    root: Path  # where the manifest lies
     utterances: tuple[Utterance, ...]
+    audio_root: Path | None = None  # where the audio paths start; None = root
+    description: str = ""  # which release and which votes these are
 
     def path(self, utterance: Utterance) -> Path:
-        """Where the utterance's audio lies; never outside the corpus root."""
-        path = (self.root / utterance.audio).resolve()
-        if not path.is_relative_to(self.root.resolve()):
-            raise DataError(f"{utterance.id}: audio path '{utterance.audio}' leaves the corpus root {self.root}")
+        """Where the utterance's audio lies; never outside the audio root."""
+        root = self.audio_root or self.root
+        path = (root / utterance.audio).resolve()
+        if not path.is_relative_to(root.resolve()):
+            raise DataError(
+                f"{utterance.id}: audio path '{utterance.audio}' leaves the corpus root {root}, by itself or by a link"
+            )
         return path
 
 
 def write(corpus: Corpus) -> None:
-    """Writes `corpus.root/manifest.jsonl`, whole or not at all."""
+    """Writes `corpus.root/manifest.jsonl`, whole or not at all, and `corpus.json` about it."""
     corpus.root.mkdir(parents=True, exist_ok=True)
-    partial = corpus.root / "manifest.jsonl.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        for utterance in corpus.utterances:
-            file.write(json.dumps(dataclasses.asdict(utterance), ensure_ascii=False) + "\n")
-    partial.rename(corpus.root / "manifest.jsonl")
+    elsewhere = corpus.audio_root is not None and corpus.audio_root.resolve() != corpus.root.resolve()
+    about = {
+        "description": corpus.description,
+        "audio_root": str(corpus.audio_root.resolve()) if elsewhere else "",
+    }
+    lines = (json.dumps(dataclasses.asdict(utterance), ensure_ascii=False) for utterance in corpus.utterances)
+    _replace(corpus.root / "corpus.json", [json.dumps(about, ensure_ascii=False)])
+    _replace(corpus.root / "manifest.jsonl", lines)
+
+
+def _replace(path: Path, lines: Iterable[str]) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(f"{line}\n" for line in lines)
+    partial.replace(path)
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Utterance)}
 _REQUIRED = [name for name, field in _FIELDS.items() if field.default is dataclasses.MISSING]
+_FILLED = ("id", "audio", "speaker")  # an empty one would name nothing
+_VOTES_MAX = 1e9  # more annotators than any corpus has; keeps NaN, infinity and absurd integers out
 _TYPES = {"fold": int, "votes": dict}  # every other field is a string
 
 
@@ -76,37 +98,113 @@ def _utterance(record: object, where: str) -> Utterance:
         kind = _TYPES.get(name, str)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise DataError(f"{where}: {name} must be {kind.__name__}, got {value!r}")
+    if empty := [name for name in _FILLED if not record[name].strip()]:
+        raise DataError(f"{where}: {', '.join(empty)} must not be empty")
+    for emotion, count in record["votes"].items():
+        if not isinstance(count, int | float) or isinstance(count, bool) or not 0 <= count <= _VOTES_MAX:
+            raise DataError(f"{where}: the votes for {emotion!r} must be a number of annotators, got {count!r}")
+    audio = PurePosixPath(record["audio"])
+    if not record["audio"].isprintable():
+        raise DataError(f"{where}: audio must be a path, got {record['audio']!r}")
     if "://" in record["audio"]:
         raise DataError(f"{where}: audio must be a path under the manifest's directory, not the URL {record['audio']}")
+    if audio.is_absolute() or ".." in audio.parts:
+        raise DataError(f"{where}: audio must be relative and stay under the audio root, got {record['audio']}")
     return Utterance(**record)
 
 
+def _jsonl(path: Path) -> Iterator[tuple[str, object]]:
+    """(file:line, record) of every line that is not blank."""
+    # newline: a transcript may hold U+2028, which ends no line here. utf-8-sig: editors write a byte-order mark.
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            try:
+                if line.strip():
+                    yield where, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}: not JSON: {error}") from None
+
+
+def _csv(path: Path) -> Iterator[tuple[str, object]]:
+    """(file:line, record) of every row, each as the JSON line it stands for."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                where = f"{path}:{reader.line_num}"
+                yield where, _from_row(row, where)
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num + 1}: not CSV: {error}") from None
+
+
+def _from_row(row: dict, where: str) -> dict:
+    """A CSV row as the record its JSON line would hold; an empty vote cell is no vote."""
+    if None in row or None in row.values():
+        raise DataError(f"{where}: the row has another number of cells than the header")
+    votes = {name.removeprefix("votes."): cell for name, cell in row.items() if name.startswith("votes.")}
+    record = {name: cell for name, cell in row.items() if not name.startswith("votes.")}
+    try:
+        record["votes"] = {emotion: float(cell) for emotion, cell in votes.items() if cell.strip()}
+        if "fold" in record:
+            record["fold"] = int(record["fold"])
+    except ValueError as error:
+        raise DataError(f"{where}: fold and votes must be numbers: {error}") from None
+    return record
+
+
 def read(root: str | Path) -> Corpus:
-    """Reads and checks `root/manifest.jsonl`.
+    """Reads and checks the manifest in a directory, `manifest.jsonl` or `manifest.csv`.
+
+    Args:
+      root: the directory, or the manifest file in it.
 
     Raises:
-      ConfigError: there is no manifest.
+      ConfigError: there is no manifest, or two, or the audio root is gone.
       DataError: a line is not an utterance, or two lines share an id; names the line.
     """
-    root = Path(root)
-    path = root / "manifest.jsonl"
-    if not path.is_file():
-        raise ConfigError(f"no manifest at {path}; write one with python -m ambijax.prepare")
-    utterances, seen = [], {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON: {error}") from None
-        utterance = _utterance(record, where)
-        if utterance.id in seen:
-            raise DataError(f"{where}: id {utterance.id} already stands in line {seen[utterance.id]}")
-        seen[utterance.id] = number
-        utterances.append(utterance)
+    path = _find(Path(root))
+    records = _csv(path) if path.suffix == ".csv" else _jsonl(path)
+    utterances: dict[str, Utterance] = {}
+    try:
+        for where, record in records:
+            utterance = _utterance(record, where)
+            if utterance.id in utterances:
+                raise DataError(f"{where}: id {utterance.id} stands in the manifest already")
+            utterances[utterance.id] = utterance
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8: {error}") from None
     if not utterances:
         raise DataError(f"{path} holds no utterance")
-    return Corpus(root, tuple(utterances))
+    audio_root, description = _about(path.parent)
+    return Corpus(path.parent, tuple(utterances.values()), audio_root, description)
+
+
+def _find(root: Path) -> Path:
+    if root.is_file():
+        return root
+    found = [path for name in ("manifest.jsonl", "manifest.csv") if (path := root / name).is_file()]
+    if not found:
+        raise ConfigError(f"no manifest at {root / 'manifest.jsonl'}; write one with python -m ambijax.prepare")
+    if len(found) > 1:
+        raise ConfigError(f"{root} holds a manifest.jsonl and a manifest.csv; keep one")
+    return found[0]
+
+
+def _about(root: Path) -> tuple[Path | None, str]:
+    """(audio root or None, description) from `corpus.json`, which need not exist."""
+    path = root / "corpus.json"
+    if not path.is_file():
+        return None, ""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        audio_root, description = about["audio_root"], about["description"]
+        audio = root / audio_root if audio_root else None
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f'{path} must look like {{"description": "...", "audio_root": "..."}}') from None
+    if audio is not None and not audio.is_dir():
+        raise ConfigError(f"{path}: audio_root {audio_root} is no directory; name the one where the audio lies now")
+    return audio, description
 
 
 def soft_labels(utterances: Iterable[Utterance], labels: Sequence[str]) -> np.ndarray:
@@ -118,6 +216,11 @@ def soft_labels(utterances: Iterable[Utterance], labels: Sequence[str]) -> np.nd
         except DataError as error:
             raise DataError(f"{utterance.id}: {error}") from None
     return np.stack(rows) if rows else np.zeros((0, len(labels)), np.float32)
+
+
+def voted(utterances: Iterable[Utterance], labels: Sequence[str]) -> list[Utterance]:
+    """The utterances with a vote inside `labels`: what is left of a corpus when another one's classes are asked for."""
+    return [u for u in utterances if any(u.votes.get(label, 0) > 0 for label in labels)]
 
 
 def split(corpus: Corpus, fold: int, dev: str) -> dict[str, list[Utterance]]:
