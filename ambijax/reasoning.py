@@ -52,6 +52,8 @@ def problems(reasoning: str) -> list[str]:
             position = reasoning.index(heading)
     if ANCHOR in reasoning:
         found.append(f"the answer anchor '{ANCHOR}' occurs inside the reasoning")
+    if special := re.search(r"<\|\w+\|>", reasoning):  # as `prompt.decode` spells the special tokens a model wrote
+        found.append(f"the special token {special.group()} occurs inside the reasoning")
     if not found:
         parts = re.split("|".join(map(re.escape, HEADINGS)), reasoning)
         if parts[0].strip():

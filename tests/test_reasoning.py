@@ -1,0 +1,116 @@
+"""The reasoning format: what is well-formed comes back from its text, and each way to break it is named."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ambijax import reasoning
+from ambijax.emotions import CREMAD
+from ambijax.reasoning import ANCHOR, HEADINGS, Reasoning
+
+GOOD = Reasoning("slow, low", "a plain statement", "soft and falling;\ncues of two emotions", "sad, or only tired")
+LINES = [
+    "Keywords: slow, low",
+    "Step 1 Text Analysis: a plain statement",
+    "Step 2 Audio Analysis: soft and falling;\ncues of two emotions",
+    "Step 3 Synthesis: sad, or only tired",
+]
+TEXT = "\n".join(LINES)
+
+
+def test_render_and_parse_by_hand():
+    assert GOOD.render() == TEXT
+    assert reasoning.parse(TEXT) == GOOD
+    assert reasoning.parse("\n\n".join(LINES) + "  \n") == GOOD
+
+
+part = st.text(min_size=1).map(str.strip).filter(bool)
+
+
+@given(st.builds(Reasoning, part, part, part, part))
+def test_parse_undoes_render_or_says_why_not(parts):
+    try:
+        assert reasoning.parse(parts.render()) == parts
+    except ValueError:
+        text = parts.render()
+        assert any(text.count(heading) > 1 for heading in HEADINGS) or ANCHOR in text or "<|" in text
+
+
+MALFORMED = {
+    "nothing": ("", "'Keywords:' occurs 0 times"),
+    "prose": ("She sounds sad to me.", "'Step 3 Synthesis:' occurs 0 times"),
+    "a step is missing": ("\n".join(LINES[:2] + LINES[3:]), "'Step 2 Audio Analysis:' occurs 0 times"),
+    "cut": (TEXT[: TEXT.index("Synthesis")], "'Step 3 Synthesis:' occurs 0 times"),
+    "cut after a heading": (TEXT[: TEXT.index(" sad, or")], "'Step 3 Synthesis:' is empty"),
+    "a blank part": (TEXT.replace("a plain statement", " \n\t"), "'Step 1 Text Analysis:' is empty"),
+    "out of order": ("\n".join([LINES[0], LINES[2], LINES[1], LINES[3]]), "'Step 2 Audio Analysis:' is out of order"),
+    "a heading twice": (f"{TEXT}\n{LINES[0]}", "'Keywords:' occurs 2 times"),
+    "a heading repeated inside a line": (f"{TEXT}, see Keywords: slow", "'Keywords:' occurs 2 times"),
+    "headings on one line": (" ".join(LINES), "not once at a line start"),
+    "text before": (f"Well.\n{TEXT}", "text before"),
+    "answer inside": (f"{TEXT}\n{ANCHOR} anger", "answer anchor"),
+    "special token": (f"{TEXT}<|im_end|>", r"special token <\|im_end\|>"),
+    "20,000 characters without a heading": ("sad " * 5_000, "'Keywords:' occurs 0 times"),
+    "other case": (TEXT.replace("Keywords", "KEYWORDS"), "'Keywords:' occurs 0 times"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_reasoning_is_named_and_earns_nothing(name):
+    text, message = MALFORMED[name]
+    with pytest.raises(ValueError, match=message):
+        reasoning.parse(text)
+    assert reasoning.problems(text)
+    assert reasoning.format_reward(f"{text}\n{ANCHOR} anger", CREMAD, ended=True) == 0
+
+
+def test_all_problems_are_listed():
+    text = "\n".join([LINES[0], LINES[3], f"{ANCHOR} fear"])
+    assert len(reasoning.problems(text)) == 3  # Step 1, Step 2, anchor
+
+
+def test_long_reasoning_is_well_formed():
+    """Length is a limit of the model's context, not of the format."""
+    text = TEXT.replace("soft and falling", "soft, " * 4_000)
+    assert reasoning.problems(text) == []
+
+
+@pytest.mark.parametrize("label", CREMAD)
+def test_format_reward_pays(label):
+    assert reasoning.format_reward(f"{TEXT}\n{ANCHOR} {label}", CREMAD, ended=True) == 1
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "",  # no answer line
+        f"\n{ANCHOR}",
+        f"\n{ANCHOR} ",
+        f"\n{ANCHOR}anger",  # another token than " anger"
+        f"\n{ANCHOR} Anger",
+        f"\n{ANCHOR} surprise",
+        f"\n{ANCHOR} anger.",
+        f"\n{ANCHOR} anger\n",
+        f"\n{ANCHOR} anger fear",
+        f"\n{ANCHOR} anger\n{ANCHOR} fear",
+        f" {ANCHOR} anger",  # not on a line of its own
+        f" {ANCHOR} anger\n{ANCHOR} anger",
+        "\nFinal Emotion: anger",
+    ],
+)
+def test_format_reward_does_not_pay_for_another_ending(ending):
+    assert reasoning.format_reward(f"{TEXT}{ending}", CREMAD, ended=True) == 0
+
+
+def test_format_reward_wants_an_end_and_a_label_of_this_corpus():
+    good = f"{TEXT}\n{ANCHOR} fear"
+    assert reasoning.format_reward(good, CREMAD, ended=False) == 0
+    assert reasoning.format_reward(good, ("anger", "neutral"), ended=True) == 0
+    assert reasoning.format_reward(f"{ANCHOR} fear", CREMAD, ended=True) == 0
+
+
+def test_split_answer():
+    assert reasoning.split_answer(f"{TEXT}\n{ANCHOR} fear") == (TEXT, " fear")
+    assert reasoning.split_answer(f"{ANCHOR} fear") == ("", " fear")
+    assert reasoning.split_answer(TEXT) == (TEXT, "")
+    assert reasoning.split_answer(f"a\n{ANCHOR} b\n{ANCHOR} c") == ("a", f" b\n{ANCHOR} c")
