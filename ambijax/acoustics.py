@@ -125,6 +125,7 @@ def _harmonicity(periodicity: np.ndarray) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 LEVELS = ("very low", "low", "moderate", "high", "very high")
+MODERATE = LEVELS.index("moderate")
 _EDGES = (-1.2, -0.45, 0.45, 1.2)  # z-scores; of a normal distribution about 12, 21, 35, 21 and 12 % fall between them
 
 

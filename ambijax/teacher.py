@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ambijax.acoustics import Acoustics, Norm, level
+from ambijax.acoustics import MODERATE, Acoustics, Norm, level
 from ambijax.errors import ConfigError
 from ambijax.reasoning import Reasoning
 
@@ -39,6 +39,11 @@ _CUES = {
     "pauses": ("flow", ("fluent", "fluent", "steady", "halting", "very halting")),
 }
 _DESCRIBED = ("energy", "rate", "pitch", "tilt")  # volume, speed, pitch, tone: always stated
+
+# Where one word of the synthesis gives way to the next, in shares of p.
+_CLEAR, _MUCH, _SOME, _TRACE = 0.75, 0.3, 0.15, 0.05
+_CLOSE = 0.12  # shares nearer than this are called even
+_AUDIBLE = 0.3  # squared standard deviations by which a cue must be nearer to one emotion to be evidence
 
 # Words that carry a feeling by themselves. Whatever is not here is called neutral.
 _LEXICON = {
@@ -72,48 +77,64 @@ def _phrase(cue: str, z: float) -> str:
     return f"{adjectives[level(z)]} {noun}"
 
 
-def _evidence(z: dict[str, float], emotion: str, rival: str) -> list[str]:
-    """The cues that speak for `emotion` rather than for `rival`, best first, and no more than two.
+def _evidence(z: dict[str, float], emotion: str, rival: str) -> str:
+    """At most two cues that speak for `emotion` rather than for `rival`.
 
-    A cue speaks for an emotion as far as it lies nearer to its profile: (z - rival)^2 - (z - emotion)^2.
+    A moderate cue speaks for neutral; any other for emotions that move the voice in its direction, and as far as it
+    lies nearer to their profile than to the rival's: (z - rival)^2 - (z - emotion)^2.
     """
-    gain = {c: (z[c] - PROFILE[rival][c]) ** 2 - (z[c] - PROFILE[emotion][c]) ** 2 for c in _CUES}
-    return [c for c in sorted(_CUES, key=lambda c: -gain[c]) if gain[c] > 0.3][:2]
+    own, other = PROFILE[emotion], PROFILE[rival]
+    gain = {c: (z[c] - other[c]) ** 2 - (z[c] - own[c]) ** 2 for c in _CUES}
+    moderate = {c: level(z[c]) == MODERATE for c in _CUES}
+    fits = moderate if emotion == "neutral" else {c: not moderate[c] and z[c] * own[c] > 0 for c in _CUES}
+    best = sorted((c for c in _CUES if fits[c] and gain[c] > _AUDIBLE), key=lambda c: -gain[c])[:2]
+    return " with ".join(_phrase(c, z[c]) for c in _CUES if c in best) or "little in the voice"
+
+
+def _keywords(z: dict[str, float], cues: list[tuple[str, str]]) -> str:
+    salient = sorted((c for c in _CUES if level(z[c]) != MODERATE), key=lambda c: -abs(z[c]))[:3]
+    heard = [_phrase(c, z[c]) for c in _CUES if c in salient] or ["moderate voice"]
+    said = [word for word, _ in cues] or ["neutral words"]
+    return ", ".join(heard + said)
 
 
 def _text(cues: list[tuple[str, str]]) -> str:
     if not cues:
         return "The words are neutral, so the voice decides."
-    return " and ".join(f"'{word}' suggests {emotion}" for word, emotion in cues[:2]).capitalize() + " in words."
+    said = " and ".join(f"the word '{word}' suggests {emotion}" for word, emotion in cues)
+    return f"{said[0].upper()}{said[1:]}, but the voice may differ."
 
 
 def _audio(z: dict[str, float], majority: str, minority: str) -> str:
     volume, speed, pitch, tone = (_CUES[c][1][level(z[c])] for c in _DESCRIBED)
     described = f"Volume is {volume}, speed is {speed}, pitch is {pitch}, tone is {tone}."
-    strong = " with ".join(_phrase(c, z[c]) for c in _evidence(z, majority, minority)) or "little in the voice"
-    weak = " with ".join(_phrase(c, z[c]) for c in _evidence(z, minority, majority)) or "little in the voice"
+    strong, weak = _evidence(z, majority, minority), _evidence(z, minority, majority)
     return f"{described} {strong.capitalize()} suggests {majority}; {weak} hints at {minority}."
 
 
 def _synthesis(order: list[str], p: np.ndarray) -> str:
-    """p, largest first, in words: a reader can tell the distribution's shape and order from them."""
-    first, second, third = (*order, "", "")[:3]
-    top, next_, rest = (*p.tolist(), 0.0, 0.0)[:3]
-    if top >= 0.75:
-        verdict = f"The whole clearly shows {first}"
-    elif top - next_ < 0.12 and next_ - rest < 0.12 and rest > 0:
+    """The shape of p in words, largest first: whoever reads it can tell which emotions are heard, and how much."""
+    first, second, third = (*order, "")[:3]
+    top, next_, rest = (*p.tolist(), 0.0)[:3]
+    if top - rest < _CLOSE and rest > 0:
         return f"The whole is mixed between {first}, {second} and {third}."
-    elif top - next_ < 0.12:
-        verdict = f"The whole is split between {first} and {second}"
-        second, next_, third, rest = third, rest, "", 0.0
+    if top - next_ < _CLOSE:
+        verdict, traces = f"The whole is split between {first} and {second}", [(third, rest)]
     else:
-        verdict = f"The whole leans to {first}"
-    traces = [f"{_degree(share)} {name}" for name, share in ((second, next_), (third, rest)) if share > 0.05]
-    return f"{verdict}, with {' and '.join(traces)}." if traces else f"{verdict}."
+        verdict = f"The whole {'clearly shows' if top >= _CLEAR else 'leans to'} {first}"
+        traces = [(second, next_), (third, rest)]
+    named = [f"{_degree(share)} {emotion}" for emotion, share in traces if share >= _TRACE]
+    return f"{verdict}, with {' and '.join(named)}." if named else f"{verdict} and nothing else."
 
 
 def _degree(share: float) -> str:
-    return "much" if share >= 0.3 else "some" if share >= 0.15 else "a trace of"
+    return "much" if share >= _MUCH else "some" if share >= _SOME else "a trace of"
+
+
+def _ranked(p: np.ndarray, labels: Sequence[str], z: dict[str, float]) -> list[int]:
+    """Class indices, most likely first; of equal shares, the one whose profile is nearer to the voice."""
+    distance = [sum((z[c] - PROFILE[label][c]) ** 2 for c in _CUES) for label in labels]
+    return sorted(range(len(labels)), key=lambda k: (-p[k], distance[k]))
 
 
 def reason(transcript: str, acoustics: Acoustics, norm: Norm, p: np.ndarray, labels: Sequence[str]) -> Reasoning:
@@ -131,17 +152,13 @@ def reason(transcript: str, acoustics: Acoustics, norm: Norm, p: np.ndarray, lab
     """
     if unknown := [label for label in labels if label not in PROFILE]:
         raise ConfigError(f"the offline teacher knows {', '.join(PROFILE)}, not {', '.join(unknown)}; use a chat model")
-    by_share = np.argsort(-np.asarray(p), kind="stable")
-    order = [labels[k] for k in by_share]
     z = norm.z(acoustics)
-    cues = lexical_cues(transcript)
-    majority, minority = order[0], order[1]
-    salient = sorted((c for c in _CUES if level(z[c]) != 2), key=lambda c: -abs(z[c]))[:3]
-    keywords = [_phrase(c, z[c]) for c in salient] or ["moderate voice"]
-    keywords += [word for word, _ in cues[:2]] or ["neutral words"]
+    ranked = _ranked(p, labels, z)
+    order = [labels[k] for k in ranked]
+    cues = [(word, emotion) for word, emotion in lexical_cues(transcript) if emotion in labels][:2]
     return Reasoning(
-        keywords=", ".join(keywords),
+        keywords=_keywords(z, cues),
         text=_text(cues),
-        audio=_audio(z, majority, minority),
-        synthesis=_synthesis(order, np.asarray(p)[by_share]),
+        audio=_audio(z, order[0], order[1]),
+        synthesis=_synthesis(order, np.asarray(p)[ranked]),
     )

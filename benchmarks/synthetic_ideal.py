@@ -4,7 +4,7 @@
 
 Prints JS / BC / R2 / Brier / accuracy on held-out speakers (every fold is the test fold once) of
     uniform, prior     the floors
-    clip               softmax regression on the measured acoustics of the clip alone, linear or with squares and products
+    clip               softmax regression on the measured acoustics of the clip alone, without or with products
     speaker            the same on z-scores against the speaker's other clips
     listeners          the true probabilities over the whole pool of listeners: what no model can beat but by luck
 beside what the corpus looks like. Slow honesty, not a test: it renders every clip a second time.
@@ -114,10 +114,12 @@ def describe(spec: synthetic.Spec, corpus: manifest.Corpus, p: np.ndarray, secon
     unique = top.sum(1) == 1
     print(f"seconds {min(seconds):.2f} to {max(seconds):.2f}, mean {np.mean(seconds):.2f}")
     print(f"mean vote entropy {metrics.entropy(p).mean():.3f} bits, unanimous {np.mean(p.max(1) == 1):.3f},")
-    print(f"ties {1 - unique.mean():.3f}, acted emotion is the unique majority {np.mean(unique & (p.argmax(1) == acted)):.3f}")
+    share = np.mean(unique & (p.argmax(1) == acted))
+    print(f"ties {1 - unique.mean():.3f}, acted emotion is the unique majority {share:.3f}")
+    print("            votes argmax recognised")
     for k, label in enumerate(spec.labels):
         recognised = np.mean(unique[acted == k] & (p[acted == k].argmax(1) == k))
-        print(f"  {label:10} share of votes {p[:, k].mean():.3f}, argmax {np.mean(p.argmax(1) == k):.3f}, recognised {recognised:.3f}")
+        print(f"  {label:10} {p[:, k].mean():.3f} {np.mean(p.argmax(1) == k):.3f} {recognised:.3f}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -36,6 +37,8 @@ _SPEAKER, _LISTENER, _CLIP = range(3)
 _ACTED_SHARE = (0.4, 1.0)  # how much of the blend is the emotion that was asked for
 _INTENSITY = (0.4, 1.4)
 _UNMEANT = 0.35  # standard deviations of the tone that mean nothing
+
+_OWN_NORM = 6  # clips: with fewer, a speaker's usual voice is unknown to the teacher
 
 # The listeners.
 POOL = 100
@@ -69,6 +72,10 @@ class Spec:
             problems.append(f"clips_per_speaker={self.clips_per_speaker} must be at least 1")
         if not 1 <= self.listeners[0] <= self.listeners[1] <= POOL:
             problems.append(f"listeners={self.listeners} must be (fewest, most) between 1 and {POOL}")
+        if mute := [s for s in self.sentences if not re.search("[aeiouy]", s.lower())]:
+            problems.append(f"sentences without a vowel cannot be spoken: {mute}")
+        if not self.sentences:
+            problems.append("there are no sentences")
         if problems:
             raise ConfigError(f"synthetic corpus: {'; '.join(problems)}")
 
@@ -139,6 +146,7 @@ class Clip:
     """One clip before it is a file."""
 
     id: str
+    speaker: str
     sentence: str
     samples: np.ndarray  # int16 [n]
     tone: np.ndarray  # [V], the tone of voice that was reached
@@ -195,6 +203,7 @@ def act(spec: Spec, who: talker.Speaker, index: int, take: int) -> Clip:
     votes = (likely.cumsum(axis=1) < rng.random(len(panel))[:, None]).sum(axis=1)
     return Clip(
         id=f"{index:03d}_{take:03d}_{spec.labels[acted][:3].upper()}",
+        speaker=f"{index:03d}",
         sentence=sentence,
         samples=np.round(samples * 32767).astype(np.int16),
         tone=tone,
@@ -210,21 +219,31 @@ def write(root: str | Path, spec: Spec) -> manifest.Corpus:
       ConfigError: the directory holds something else.
     """
     root = Path(root)
-    record = {"generator": GENERATOR, **dataclasses.asdict(spec)}
-    if (root / "spec.json").is_file():
-        if json.loads((root / "spec.json").read_text()) == json.loads(json.dumps(record)):
-            return manifest.read(root)
-        raise ConfigError(f"{root} holds another synthetic corpus (see its spec.json); name another directory")
-    if root.is_dir() and any(root.iterdir()):
-        raise ConfigError(f"{root} is not empty and holds no synthetic corpus; name another directory")
+    record = json.dumps({"generator": GENERATOR, **dataclasses.asdict(spec)}, indent=1) + "\n"
+    if _complete(root, record):
+        return manifest.read(root)
     partial = root.with_name(f"{root.name}.partial-{os.getpid()}")
     try:
         _write(partial, spec)
-        (partial / "spec.json").write_text(json.dumps(record, indent=1) + "\n")
+        (partial / "spec.json").write_text(record)
         partial.rename(root)
+    except OSError:
+        if not _complete(root, record):  # else another process wrote the same corpus meanwhile
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest.read(root)
+
+
+def _complete(root: Path, record: str) -> bool:
+    """Whether the corpus of this record is there; False when nothing is, ConfigError when something else is."""
+    if (root / "spec.json").is_file():
+        if (root / "spec.json").read_text() == record:
+            return True
+        raise ConfigError(f"{root} holds another synthetic corpus (compare its spec.json); name another directory")
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+        raise ConfigError(f"{root} exists and is no synthetic corpus; name another directory")
+    return False
 
 
 def _write(root: Path, spec: Spec) -> None:
@@ -232,38 +251,39 @@ def _write(root: Path, spec: Spec) -> None:
     from tqdm import tqdm
 
     (root / "wav").mkdir(parents=True)
-    clips, measured, speakers = [], [], []
-    pairs = [(s, t) for s in range(spec.speakers) for t in range(spec.clips_per_speaker)]
     people = [talker_of(spec, index) for index in range(spec.speakers)]
-    for index, take in tqdm(pairs, desc=f"talking to {root.stem}", unit="clip", disable=None):
+    clips, measured = [], []
+    pairs = [(index, take) for index in range(spec.speakers) for take in range(spec.clips_per_speaker)]
+    for index, take in tqdm(pairs, desc="synthetic corpus", unit="clip", disable=None):
         clip = act(spec, people[index], index, take)
         soundfile.write(root / "wav" / f"{clip.id}.wav", clip.samples, talker.SAMPLE_RATE, subtype="PCM_16")
         measured.append(acoustics.measure(clip.samples.astype(np.float32) / 32768))
-        speakers.append(f"{index:03d}")
-        clips.append(dataclasses.replace(clip, samples=np.zeros(0, np.int16)))  # on disk now
-    norms = acoustics.speaker_norms(measured, speakers, least=6)
+        clips.append(dataclasses.replace(clip, samples=np.zeros(0, np.int16)))  # it is on disk now
+
     with (root / "votes.csv").open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["clip", "listener", "response"])
         for clip in clips:
-            table.writerows(
-                (clip.id, f"L{j:03d}", spec.labels[k]) for j, k in zip(clip.listeners, clip.votes, strict=True)
-            )
+            for listener, k in zip(clip.listeners, clip.votes, strict=True):
+                table.writerow([clip.id, f"L{listener:03d}", spec.labels[k]])
+
+    norms = acoustics.speaker_norms(measured, [clip.speaker for clip in clips], least=_OWN_NORM)
     utterances = []
-    for clip, heard, name in zip(clips, measured, speakers, strict=True):
+    for clip, heard in zip(clips, measured, strict=True):
         counts = np.bincount(clip.votes, minlength=len(spec.labels))
         votes = {label: int(n) for label, n in zip(spec.labels, counts, strict=True) if n}
-        cot = teacher.reason(clip.sentence, heard, norms[name], soft_label(votes, spec.labels), spec.labels)
+        p = soft_label(votes, spec.labels)
+        index = int(clip.speaker)
         utterances.append(
             manifest.Utterance(
                 id=clip.id,
                 audio=f"wav/{clip.id}.wav",
                 transcript=clip.sentence,
-                speaker=name,
-                fold=int(name) % spec.folds,
+                speaker=clip.speaker,
+                fold=index % spec.folds,
                 votes=votes,
-                cot=cot.render(),
-                gender=people[int(name)].gender,
+                cot=teacher.reason(clip.sentence, heard, norms[clip.speaker], p, spec.labels).render(),
+                gender=people[index].gender,
             )
         )
     manifest.write(manifest.Corpus(root, tuple(utterances)))

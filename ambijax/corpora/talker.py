@@ -88,7 +88,7 @@ _SONORANTS = {
 _FRICATIVES = {"s": 6000, "z": 6000, "f": 4500, "v": 4500, "th": 5000, "h": 1500, "sh": 3200, "ch": 3200, "x": 5500}
 _STOPS = {"p": 1000, "b": 900, "t": 4500, "d": 4000, "k": 2000, "g": 1800, "c": 2000, "q": 2000}
 _VOICED = set("zvbdg")
-_SILENCE = (500, 1500, 2500, 0.0, 0.0, 3000)
+_SILENCE = (500, 1500, 2500, 0.0, 0.0, 0)  # no passage at all: that is how a silence is known
 
 
 def _phone(spelling: str) -> list[tuple[float, ...]]:
@@ -119,7 +119,7 @@ class _Phones:
 
     @property
     def silent(self) -> np.ndarray:
-        return (self.centre == 3000) & (self.voicing == 0)
+        return self.centre == 0
 
     def frames(self, values: np.ndarray, glide: int) -> np.ndarray:
         """Values a phone [P] to a track [T] with transitions of `glide` frames."""
