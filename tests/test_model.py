@@ -18,7 +18,6 @@ from ambijax import convert
 from ambijax.model import config as model_config
 from ambijax.model import qwen2_audio
 from ambijax.model.decoder import DecoderLayer, Past
-from ambijax.model.encoder import AudioTower
 from ambijax.model.layers import rope
 from ambijax.model.qwen2_audio import Qwen2Audio
 
@@ -95,14 +94,25 @@ class Pair(NamedTuple):
         """Mel frames that the reference demands."""
         return 2 * self.model.config.audio.max_source_positions
 
-    def apply(self, *args, method: str = "__call__"):
+    def apply(self, *args, method: str):
         return _apply(self.model, method)({"params": self.params}, *args)
+
+    def forward(self, batch: "Batch") -> tuple[np.ndarray, dict]:
+        """Logits [B, P, vocabulary], and what the tower and the projector gave."""
+        logits, state = _forward(self.model)({"params": self.params}, *batch)
+        return np.asarray(logits), {k: v["__call__"][0] for k, v in state["intermediates"].items()}
+
+
+# One compiled function a model and method for the whole file: compiling is nearly all that these tests cost.
+@functools.cache
+def _apply(model: Qwen2Audio, method: str):
+    return jax.jit(functools.partial(model.apply, method=method))
 
 
 @functools.cache
-def _apply(model: Qwen2Audio, method: str):
-    """One compiled function a model, method and shape for the whole file."""
-    return jax.jit(functools.partial(model.apply, method=method))
+def _forward(model: Qwen2Audio):
+    stages = ("audio_tower", "multi_modal_projector")
+    return jax.jit(functools.partial(model.apply, capture_intermediates=lambda module, _: module.name in stages))
 
 
 class Batch(NamedTuple):
@@ -210,7 +220,7 @@ def test_every_stage_equals_the_reference(pair):
     batch = make_batch(pair, FRAMES, "right")
     caught, handles = {}, []
     inner = pair.reference.model
-    stages = {"tower": inner.audio_tower, "projector": inner.multi_modal_projector}
+    stages = {"audio_tower": inner.audio_tower, "multi_modal_projector": inner.multi_modal_projector}
     stages |= {f"layer {i}": layer for i, layer in enumerate(inner.language_model.layers)}
     for name, module in stages.items():
         catch = functools.partial(lambda name, module, args, out: caught.__setitem__(name, out), name)
@@ -224,17 +234,15 @@ def test_every_stage_equals_the_reference(pair):
         np.testing.assert_allclose(np.asarray(ours)[valid], theirs[valid], **TOLERANCE)
 
     heard = np.arange(pair.window // 4) < np.array([audio_tokens(m) for m in FRAMES])[:, None]
-    tower = jax.jit(AudioTower(pair.model.config.audio, None).apply)
-    own = tower({"params": pair.params["audio_tower"]}, batch.mel, batch.frames)
-    assert_stage(own, caught["tower"].last_hidden_state.numpy(), heard)
-    audio = pair.apply(batch.mel, batch.frames, method="encode")
-    assert_stage(audio, caught["projector"].numpy(), heard)
+    ours, stages = pair.forward(batch)
+    assert_stage(stages["audio_tower"], caught["audio_tower"].last_hidden_state.numpy(), heard)
+    assert_stage(stages["multi_modal_projector"], caught["multi_modal_projector"].numpy(), heard)
 
     # Decoder layers one by one, each fed with our own output of the layer below.
     text = pair.model.config.text
     x = np.array(pair.params["language_model"]["embed_tokens"]["embedding"])[batch.tokens]
     for i, row in enumerate(batch.tokens == AUDIO_TOKEN):
-        x[i, row] = audio[i, : row.sum()]
+        x[i, row] = stages["multi_modal_projector"][i, : row.sum()]
     steps = np.arange(batch.tokens.shape[1])
     mask = (steps[:, None] >= steps) & batch.mask[:, None, None, :]
     layer = jax.jit(DecoderLayer(text, None).apply)
@@ -244,13 +252,13 @@ def test_every_stage_equals_the_reference(pair):
         x, _ = layer({"params": params}, x, (), (), np.broadcast_to(steps, x.shape[:3]), mask)
         assert_stage(x[:, 0], caught[f"layer {i}"].numpy(), batch.mask)
 
-    assert_stage(pair.apply(*batch), logits, batch.mask)
+    assert_stage(ours, logits, batch.mask)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_on_either_side(pair, side):
     batch = make_batch(pair, FRAMES, side, seed=1)
-    ours, theirs = np.asarray(pair.apply(*batch)), reference_logits(pair, batch)
+    (ours, _), theirs = pair.forward(batch), reference_logits(pair, batch)
     np.testing.assert_allclose(ours[batch.mask], theirs[batch.mask], **TOLERANCE)
 
 
@@ -259,19 +267,17 @@ def test_short_window_equals_the_full_window(long):
     for frames in ((38, 25), (33, 37)):
         batch = make_batch(long, frames, "right")
         theirs = reference_logits(long, batch)
-        ours = np.asarray(long.apply(batch.mel[:, :40], *batch[1:]))
+        ours, _ = long.forward(batch._replace(mel=batch.mel[:, :40]))
         np.testing.assert_allclose(ours[batch.mask], theirs[batch.mask], **TOLERANCE)
 
 
 def test_batch_of_one_equals_batch_of_eight(grouped):
     batch = make_batch(grouped, (37, 102, 61, 24, 80, 9, 55, 70), "right")
-    together = np.asarray(grouped.apply(*batch))
-    for i in (0, 1, 5):
+    together, _ = grouped.forward(batch)
+    for i in (1, 5):
         valid = batch.mask[i]
-        alone = grouped.apply(
-            batch.mel[i : i + 1], batch.frames[i : i + 1], batch.tokens[i : i + 1, valid], valid[None, valid]
-        )
-        np.testing.assert_allclose(np.asarray(alone)[0], together[i, valid], **TOLERANCE)
+        alone, _ = grouped.forward(Batch(*(x[i : i + 1] for x in batch[:2]), *(x[i : i + 1, valid] for x in batch[2:])))
+        np.testing.assert_allclose(alone[0], together[i, valid], **TOLERANCE)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -344,6 +350,7 @@ def _peft_layer(peft_model, path: tuple[str, ...], layer: int):
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT 0.21 asks transformers 5.23
+@pytest.mark.parametrize("pair", ["grouped_tied", "one_kv_head"], indirect=True)
 def test_adapter_gradients_equal_peft(pair):
     peft = pytest.importorskip("peft")
     batch = make_batch(pair, FRAMES, "right", seed=5)
@@ -393,18 +400,23 @@ def test_adapter_gradients_equal_peft(pair):
 
 
 def test_without_adapters_it_is_the_base_model(grouped):
-    batch = make_batch(grouped, FRAMES[:1], "right")
+    tokens = np.arange(12).reshape(1, 12)
+    inputs = (tokens, np.ones_like(tokens, bool), np.zeros((1, 1, grouped.model.config.text.hidden_size), np.float32))
     model = grouped.model.clone(lora=model_config.LoraConfig(rank=2, alpha=4.0, dropout=0.5, audio_tower=False))
     adapters = jax.jit(lambda key: qwen2_audio.init(model, key)["lora"])(jax.random.key(0))
     base = {"params": grouped.params}
-    apply = jax.jit(model.apply)
-    expected = grouped.apply(*batch)
-    np.testing.assert_array_equal(apply(base, *batch), expected)  # no collection
-    np.testing.assert_allclose(apply({**base, "lora": adapters}, *batch), expected, atol=1e-5, rtol=0)  # B is zero
+
+    @jax.jit
+    def prefill(variables, **kwargs):
+        return model.apply(variables, *inputs, method="prefill", **kwargs)[0]
+
+    expected, _ = grouped.apply(*inputs, method="prefill")
+    np.testing.assert_array_equal(prefill(base), expected)  # no collection
+    np.testing.assert_allclose(prefill({**base, "lora": adapters}), expected, atol=1e-5, rtol=0)  # B is zero
     adapters = jax.tree.map(lambda x: x + 0.1, adapters)
-    adapted = apply({**base, "lora": adapters}, *batch)
+    adapted = prefill({**base, "lora": adapters})
     assert np.abs(adapted - expected).max() > 1e-2
-    dropped = apply({**base, "lora": adapters}, *batch, rngs={"dropout": jax.random.key(1)})
+    dropped = prefill({**base, "lora": adapters}, rngs={"dropout": jax.random.key(1)})
     assert np.abs(dropped - adapted).max() > 1e-2
 
 
