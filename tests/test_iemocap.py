@@ -48,7 +48,8 @@ def test_full_size_counts(full):
     sessions = collections.Counter(u.fold for u in release.utterances)
     assert [sessions[fold] for fold in range(5)] == [1085, 1023, 1151, 1031, 1241]
     assert release.notes == (
-        "10039 turns: xxx 2507, fru 1849, neu 1708, ang 1103, sad 1084, exc 1041, hap 595, sur 107, fea 40, oth 3, dis 2",
+        "10039 turns: xxx 2507, fru 1849, neu 1708, ang 1103, sad 1084, exc 1041, hap 595, sur 107, fea 40, oth 3, "
+        "dis 2",
         "consensus of those kept: neutral 1708, happiness 1636, anger 1103, sadness 1084",
     )
     assert len(order) == 151

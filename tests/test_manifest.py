@@ -67,7 +67,7 @@ def test_csv_is_the_same_manifest(tmp_path):
     """As a spreadsheet writes it: byte-order mark, CR LF, quoted line breaks, empty cells for no vote."""
     with (tmp_path / "manifest.csv").open("w", encoding="utf-8-sig", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow("id,audio,transcript,speaker,fold,votes.anger,votes.fear,group".split(","))
+        writer.writerow(["id", "audio", "transcript", "speaker", "fold", "votes.anger", "votes.fear", "group"])
         writer.writerow(["a", "a.wav", "hm, well\nyes", "s", "0", "2", "", "g"])
         writer.writerow(["b", "b.wav", "", "t", "1", "0.5", "1", ""])
     assert manifest.read(tmp_path).utterances == (
@@ -204,7 +204,7 @@ def test_unknown_fold_and_dev_are_named(tmp_path):
     corpus = Corpus(tmp_path, (utterance("a", "s", 0), utterance("b", "t", 1)))
     with pytest.raises(ConfigError, match=r"data.fold=6 is not one of the folds \[0, 1\]"):
         manifest.split(corpus, 6, "groups")
-    with pytest.raises(ConfigError, match="data.dev='random'"):
+    with pytest.raises(ConfigError, match=r"data.dev='random'"):
         manifest.split(corpus, 0, "random")
 
 
