@@ -12,12 +12,12 @@ the next step to donate the device arrays at once, and makes a restore independe
 
 import concurrent.futures
 import contextlib
-import errno
 import json
 import math
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ from jax.experimental import multihost_utils
 from ambijax import digest
 from ambijax.errors import ConfigError, NonFiniteError
 
-ADAPTERS = "lora"  # the entry of the state that holds the trainable parameters
+TRAINED = "trained"  # the field of structs.TrainState that `load_adapters` reads
 
-_STEP = re.compile(r"step_(\d{8,})")
+_STEP = re.compile(r"step_\d{8,}")
 _STALE = re.compile(r"step_\d{8,}\..*tmp|.*\.orbax-checkpoint-tmp.*")
 
 
@@ -97,7 +97,7 @@ class Checkpoints:
         A write that fails (disk full) is reported in one line and training goes on: the last good checkpoint stays.
 
         Args:
-          step: the step the state stands before; a step already on disk is not written again.
+          step: updates done; a step that is already on disk is not written again.
           state: pytree of arrays; every process passes it.
           meta: JSON of what must be equal to resume: algorithm, rank, alpha, targets, base digest, seed, dtype, ...
           metric: dev score, lower is better; None when there is none.
@@ -120,14 +120,13 @@ class Checkpoints:
         need = sum(array.nbytes for array in arrays.values()) + 2**20  # Orbax's metadata and the digest
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            if shutil.disk_usage(self.directory).free < need:  # asked first: Orbax would print pages of tracebacks
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            _reserve(self.directory, need)
             digest.write(partial, record, arrays)
             if final.exists():  # a damaged one that this run passes again
                 _remove(final)
             partial.rename(final)
             digest.fsync(self.directory)
-        except Exception as error:  # Orbax reports a full disk as ValueError
+        except Exception as error:  # OSError for the most part; Orbax's are ValueErrors
             shutil.rmtree(partial, ignore_errors=True)
             logging.warning(
                 "checkpoint %s is not written: %s; needs %d bytes, %d are free; training goes on, last good step: %s",
@@ -184,7 +183,7 @@ def load_adapters(directory: Path, *, best: bool) -> tuple[int, dict, dict]:
       best: start from the checkpoint with the lowest metric (where one has a metric) instead of the newest.
 
     Returns:
-      (step, nested dict of numpy arrays, meta).
+      (step, variables as in TrainState.trained with numpy leaves, meta).
 
     Raises:
       ConfigError: no checkpoint, none intact, none with adapters, or an unknown format.
@@ -199,13 +198,13 @@ def load_adapters(directory: Path, *, best: bool) -> tuple[int, dict, dict]:
     params = {}
     for name in arrays:
         entry, *parents = name.split("/")
-        if entry == ADAPTERS:
+        if entry == TRAINED:
             node = params
             for parent in parents[:-1]:
                 node = node.setdefault(parent, {})
             node[parents[-1]] = arrays[name]
     if not params:
-        raise ConfigError(f"{path} holds no '{ADAPTERS}' entry; it was not written by ambijax.train")
+        raise ConfigError(f"{path} holds no '{TRAINED}' entry; it was not written by ambijax.train")
     return record["step"], params, record["meta"]
 
 
@@ -278,6 +277,13 @@ def _to_host(state: Any) -> dict[str, np.ndarray]:
 
 def _name(key: tuple) -> str:
     return jax.tree_util.keystr(key, simple=True, separator="/")
+
+
+def _reserve(directory: Path, size: int) -> None:
+    """Takes `size` bytes of the disk for a moment: on a full one Orbax would print pages of tracebacks."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _remove(path: Path) -> None:

@@ -1,0 +1,77 @@
+"""A run's directory: found unwritable before work starts, held by one living process, free when that one is dead."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from ambijax.errors import ConfigError
+from ambijax.workdir import check_writable, lock
+
+HOLDER = textwrap.dedent("""
+    import pathlib, sys, time
+    from ambijax.workdir import lock
+    with lock(pathlib.Path(sys.argv[1])):
+        print("held", flush=True)
+        time.sleep(600)
+""")
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_second_trainer_is_refused_by_name_and_a_dead_ones_lock_is_taken_over(tmp_path, holder):
+    with pytest.raises(ConfigError, match=f"in use by pid {holder.pid} on {socket.gethostname()}"), lock(tmp_path):
+        pytest.fail("two processes hold one directory")
+    holder.kill()  # SIGKILL: nothing of the holder's own code runs any more
+    holder.wait()
+    with lock(tmp_path):
+        assert (tmp_path / "lock").read_text() == f"pid {os.getpid()} on {socket.gethostname()}"
+
+
+def test_lock_file_of_a_dead_process_does_not_hold(tmp_path):
+    (tmp_path / "lock").write_text("pid 1 on elsewhere, and a longer text than the next holder writes")
+    with lock(tmp_path):
+        assert (tmp_path / "lock").read_text() == f"pid {os.getpid()} on {socket.gethostname()}"
+
+
+def test_lock_is_free_again_after_an_error(tmp_path):
+    with pytest.raises(RuntimeError, match="training"), lock(tmp_path):
+        raise RuntimeError("training")
+    with lock(tmp_path):
+        pass
+
+
+def test_writable_directory_is_created_and_left_empty(tmp_path):
+    check_writable(tmp_path / "runs" / "new")
+    assert list((tmp_path / "runs" / "new").iterdir()) == []
+
+
+def test_read_only_directory_is_named(tmp_path):
+    tmp_path.chmod(0o555)
+    user = os.geteuid()
+    if user == 0:  # root may write everywhere
+        os.seteuid(65534)
+    try:
+        with pytest.raises(ConfigError, match=f"cannot write to {tmp_path}.*: Permission denied"):
+            check_writable(tmp_path / "run")
+        with pytest.raises(ConfigError, match=f"cannot write to {tmp_path}.*: Permission denied"), lock(tmp_path):
+            pytest.fail("locked a read-only directory")
+    finally:
+        os.seteuid(user)
+        tmp_path.chmod(0o755)
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ConfigError, match=f"cannot write to {tmp_path}/run"):
+        check_writable(tmp_path / "run")
