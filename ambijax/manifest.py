@@ -115,9 +115,8 @@ def _utterance(record: object, where: str) -> Utterance:
 
 def _jsonl(path: Path) -> Iterator[tuple[str, object]]:
     """(file:line, record) of every line that is not blank."""
-    # newline: a transcript may hold U+2028, which ends no line here. utf-8-sig: editors write a byte-order mark.
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        for number, line in enumerate(file, 1):
+    with path.open(encoding="utf-8-sig") as file:  # editors write a byte-order mark
+        for number, line in enumerate(file, 1):  # not str.splitlines, which parts transcripts at U+2028
             where = f"{path}:{number}"
             try:
                 if line.strip():

@@ -115,8 +115,27 @@ COMMENTS = ("", "curious", "mildly aggravated but staying polite", "Anger; Sadne
 def dialogs() -> dict[str, list[str]]:
     """A few dialogs with names as odd as the real ones, and their turns."""
     names = ["Ses01F_impro01", "Ses01M_script01_1", "Ses02F_impro02", "Ses02M_impro03", "Ses03M_impro05a"]
-    names += ["Ses03M_impro05b", "Ses03M_impro08a", "Ses04F_script03_2", "Ses05M_script01_1", "Ses05M_script01_1b"]
+    names += [
+        "Ses03M_impro05b",
+        "Ses03M_impro08a",
+        "Ses03M_impro08b",
+        "Ses04F_script03_2",
+        "Ses05M_script01_1",
+        "Ses05M_script01_1b",
+    ]
     return {name: [f"{name}_{speaker}{i:03}" for i in range(4) for speaker in "FM"] for name in names}
+
+
+def full_order() -> dict[str, list[str]]:
+    """As many dialogs and turns a session as the real release has, for want of the real ids."""
+    order = {}
+    sizes = zip((28, 30, 32, 30, 31), (1819, 1811, 2136, 2103, 2170), strict=True)
+    for session, (n_dialogs, n_turns) in enumerate(sizes, 1):
+        odd = [name for name in dialogs() if name.startswith(f"Ses0{session}") and name[-1] in "ab"]
+        names = odd + [f"Ses0{session}{'FM'[i % 2]}_impro{i:02}" for i in range(n_dialogs - len(odd))]
+        for d, name in enumerate(names):
+            order[name] = [f"{name}_{'FM'[i % 2]}{i // 2:03}" for i in range(d, n_turns, n_dialogs)]
+    return order
 
 
 def real_codes(order: Mapping[str, Sequence[str]], seed: int = 0) -> dict[str, str]:

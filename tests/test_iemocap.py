@@ -2,9 +2,11 @@
 
 import collections
 import json
+from pathlib import Path
 
 import miniature
 import pytest
+from conftest import SHARED
 
 from ambijax import manifest
 from ambijax.corpora import iemocap
@@ -30,10 +32,11 @@ def mini(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def full(shared_data, tmp_path_factory):
-    """151 dialogs and 10,039 turns under their real ids, without sound."""
+def full(tmp_path_factory):
+    """151 dialogs and 10,039 turns, under their real ids where those are present, without sound."""
     root = tmp_path_factory.mktemp("iemocap")
-    order = json.loads((shared_data / "iemocap" / "order.json").read_text())
+    ids = SHARED / "iemocap" / "order.json"
+    order = json.loads(ids.read_text()) if ids.is_file() else miniature.full_order()
     miniature.iemocap(root, order, miniature.real_codes(order), wavs=False)
     return root, order
 
@@ -52,7 +55,7 @@ def test_full_size_counts(full):
         "dis 2",
         "consensus of those kept: neutral 1708, happiness 1636, anger 1103, sadness 1084",
     )
-    assert len(order) == 151
+    assert (len(order), sum(map(len, order.values()))) == (151, 10_039)
     assert {u.speaker for u in release.utterances} == {f"Ses0{s}{g}" for s in range(1, 6) for g in "FM"}
     assert all(u.transcript for u in release.utterances)
 
@@ -125,6 +128,14 @@ def test_votes_of_one_block(tmp_path):
     assert shared.votes == {"neutral": 2.5, "anger": 0.5, "happiness": 0.5, "frustration": 0.5}
     assert soft_label(shared.votes, IEMOCAP).tolist() == pytest.approx([1 / 7, 1 / 7, 0, 5 / 7])
     assert read(tmp_path, keep="all_votes").utterances == ()  # frustration is outside
+
+
+def test_the_block_of_the_documentation(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "corpora" / "iemocap.md").read_text(encoding="utf-8")
+    write_dialog(tmp_path, *(line.removeprefix("    ") for line in page.splitlines() if "\t" in line))
+    votes = [read(tmp_path, fractional=shared).utterances[0].votes for shared in (False, True)]
+    assert votes[0] == {"neutral": 2, "anger": 1, "happiness": 1}
+    assert votes[1] == {"neutral": 1.5, "anger": 0.5, "happiness": 1}
 
 
 def test_consensus_filter(mini):

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -103,6 +104,15 @@ def test_broken_csv_is_named(tmp_path, text, message):
     (tmp_path / "manifest.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         manifest.read(tmp_path)
+
+
+def test_the_examples_of_the_documentation_are_manifests(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "corpora" / "manifest.md").read_text(encoding="utf-8")
+    examples = [line.strip() for line in page.splitlines() if line.startswith(("    {", "    id,", "    a1,"))]
+    for name, lines in (("jsonl", examples[:1]), ("csv", examples[1:])):
+        (tmp_path / f"manifest.{name}").write_text("\n".join(lines))
+        read = manifest.read(tmp_path / f"manifest.{name}").utterances
+        assert read == (Utterance("a1", "wav/a1.wav", "It is late.", "s1", 0, {"anger": 3, "neutral": 1}),)
 
 
 def test_missing_and_doubled_manifests_are_named(tmp_path):
