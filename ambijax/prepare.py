@@ -14,6 +14,7 @@ import collections
 import csv
 import dataclasses
 import hashlib
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,15 +57,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     args = _parse(argv)
     release = _read(args)
+    if not release.utterances:
+        raise DataError(f"{args.root}: no utterance in {release.description}")
     corpus = Corpus(args.out, release.utterances, args.root, release.description)
     paths = {u.id: corpus.path(u) for u in release.utterances}
     _assert_no_pointers(paths, args.root)
+    _make(args.out)
     heard = _decode(paths)
     reasons = heard.bad | _vote_defects(release) | release.known_bad
     kept = tuple(u for u in release.utterances if u.id not in reasons)
     rows = [(u.id, u.audio, reasons[u.id]) for u in release.utterances if u.id in reasons]
     rows += [(Path(path).stem, path, "nobody voted on this file") for path in release.unlabelled]
-    args.out.mkdir(parents=True, exist_ok=True)
     listed = args.out / "bad_files.csv"
     _write_bad_files(listed, rows)
     if not kept:
@@ -107,8 +110,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             raise ConfigError(f"--{flag} belongs to --corpus={corpus}, not to {args.corpus}")
     if not args.root.is_dir():
         raise ConfigError(f"--root={args.root} is no directory")
-    if args.out.exists() and not args.out.is_dir():
-        raise ConfigError(f"--out={args.out} is no directory")
     return args
 
 
@@ -137,10 +138,21 @@ def _assert_no_pointers(paths: dict[str, Path], root: Path) -> None:
 
 def _is_pointer(path: Path) -> bool:
     prefix = b"version https://git-lfs"
-    if not path.is_file():
+    try:
+        with path.open("rb") as file:
+            return file.read(len(prefix)) == prefix
+    except OSError:  # missing or not to be read: decoding says so
         return False
-    with path.open("rb") as file:
-        return file.read(len(prefix)) == prefix
+
+
+def _make(out: Path) -> None:
+    """Makes the output directory, before rather than after the long work."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out={out} cannot be made: {error.strerror}") from None
+    if not os.access(out, os.W_OK):
+        raise ConfigError(f"--out={out} cannot be written to")
 
 
 def _decode(paths: dict[str, Path]) -> Audio:
@@ -155,7 +167,7 @@ def _decode(paths: dict[str, Path]) -> Audio:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # clips over 30 s are counted in the table
                 samples = audio.load(path)
-        except DataError as error:
+        except (DataError, OSError) as error:
             found.bad[clip] = str(error).removeprefix(f"{path}: ")
             continue
         found.seconds[clip] = soundfile.info(path).duration

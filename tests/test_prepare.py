@@ -318,6 +318,21 @@ def test_flags_that_cannot_work(tmp_path, flags, message):
         prepare.main([f"--root={tmp_path}", f"--out={tmp_path}", *flags])
 
 
+def test_out_that_cannot_be_made_is_named_before_anything_is_decoded(mini, tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "load", lambda path: pytest.fail("a clip was decoded"))
+    (tmp_path / "file").touch()
+    for out in ("file", "file/out"):
+        with pytest.raises(ConfigError, match=f"--out=.*{out} cannot be made"):
+            run(mini, tmp_path / out)
+
+
+def test_a_filter_that_leaves_nothing_is_named(tmp_path):
+    order = {"Ses01F_impro01": ["Ses01F_impro01_F000"]}
+    miniature.iemocap(tmp_path / "release", order, {"Ses01F_impro01_F000": "fru"})
+    with pytest.raises(DataError, match="no utterance in IEMOCAP, consensus filter"):
+        run(tmp_path / "release", tmp_path / "out", corpus="iemocap")
+
+
 def test_an_own_manifest_needs_two_classes_and_its_audio(tmp_path):
     own_corpus(tmp_path / "own", a={"anger": 1})
     with pytest.raises(ConfigError, match="at least two classes are needed, got anger"):
