@@ -1,13 +1,16 @@
 """How far a predicted emotion distribution is from the annotators': numpy, float64, no model.
 
 p is what the annotators say, q what is predicted; both end in a K axis of class probabilities. The per-utterance
-measures take [..., K] (broadcast against each other) and return [...]; the others take [N, K] and return one number.
+measures take [..., K] (broadcast against each other) and return [...], NaN for a row of NaN; the others take [N, K] and
+return one number.
 
 Where the annotators' vote is tied, the majority class is the first of the tied ones in class order. Accuracy,
 weighted F1, UAR and ECE all use it.
 """
 
 import numpy as np
+
+from ambijax.errors import NonFiniteError
 
 ECE_BINS = 15  # Guo et al., arXiv 1706.04599
 _CONSTANT = 1e-7  # probabilities closer than this are equal: the resolution of a float32 softmax
@@ -138,9 +141,10 @@ def _distributions(*arrays: np.ndarray) -> list[np.ndarray]:
     for array in arrays:
         if array.size == 0:
             raise ValueError("no distribution to measure")
-        if not (np.all(array >= 0) and np.all(np.abs(array.sum(axis=-1) - 1) <= _NORMALISED)):
-            raise ValueError("rows must be finite, not negative and sum to one")
-    return arrays
+        if np.any(array < 0) or np.any(np.abs(array.sum(axis=-1) - 1) > _NORMALISED):
+            raise ValueError("rows must not be negative and must sum to one")
+    # A probability that has no half would put an infinity into JS.
+    return [np.where(array < np.finfo(np.float64).tiny, 0, array) for array in arrays]
 
 
 def _hard(p: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -148,12 +152,16 @@ def _hard(p: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     p, q = _distributions(p, q)
     if p.shape != q.shape or p.ndim != 2:
         raise ValueError(f"expected two arrays [N, K], got {p.shape} and {q.shape}")
+    if broken := np.sum(np.any(np.isnan(q), axis=-1)):
+        raise NonFiniteError(
+            f"{broken} of {len(q)} predicted distributions are not a number; evaluate an earlier checkpoint"
+        )
     return np.argmax(p, axis=-1), np.argmax(q, axis=-1)
 
 
 def _relative_entropy(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """p log(p / q) elementwise, in nats; 0 where p is 0, infinite where only q is."""
     p, q = np.broadcast_arrays(p, q)
-    present = p > 0
+    present = p != 0  # NaN is, and stays
     with np.errstate(divide="ignore"):  # log 0 where q lacks a class of p: that infinity is the result
         return np.where(present, p * (np.log(np.where(present, p, 1)) - np.log(np.where(present, q, 1))), 0)

@@ -13,6 +13,7 @@ from scipy.stats import entropy as scipy_entropy
 from sklearn import metrics as sklearn_metrics
 
 from ambijax import metrics
+from ambijax.errors import NonFiniteError
 
 # p, q, KL nats, JS bits, BC, R2, Brier
 ORACLES = [
@@ -28,7 +29,7 @@ ORACLES = [
 def distributions(draw, rows=2):
     """`rows` distributions over the same 2 to 7 classes, zeros included."""
     k = draw(st.integers(2, 7))
-    counts = st.lists(st.floats(0, 12), min_size=k, max_size=k).filter(lambda c: sum(c) > 0.1)
+    counts = st.lists(st.just(0.0) | st.floats(1e-9, 12), min_size=k, max_size=k).filter(lambda c: sum(c) > 0.1)
     return [np.array(c) / np.sum(c) for c in (draw(counts) for _ in range(rows))]
 
 
@@ -45,6 +46,8 @@ def test_js_by_hand():
     np.testing.assert_allclose(metrics.js([1, 0], [0.5, 0.5]), 0.311278, atol=5e-7)
     # Disjoint distributions share nothing: one bit.
     assert metrics.js([1, 0], [0, 1]) == 1
+    # The smallest float has no half: scipy says infinity here.
+    assert metrics.js([5e-324, 1], [0, 1]) == 0
 
 
 def test_kl_is_infinite_where_the_prediction_lacks_a_class_of_the_votes():
@@ -166,10 +169,19 @@ def test_summary_holds_every_measure_and_is_json():
     np.testing.assert_allclose([summary[k] for k in expected], list(expected.values()), atol=2e-6)
 
 
-@pytest.mark.parametrize("q", [[[0.5, 0.6]], [[1.5, -0.5]], [[np.nan, 1]], [[np.inf, 0]], np.zeros((0, 2))], ids=str)
+@pytest.mark.parametrize("q", [[[0.5, 0.6]], [[1.5, -0.5]], [[np.inf, 0]], np.zeros((0, 2))], ids=str)
 def test_what_is_no_distribution_is_refused(q):
     with pytest.raises(ValueError, match=r"distribution|rows"):
         metrics.js([[0.5, 0.5]], q)
+
+
+def test_a_broken_model_is_not_a_number_and_never_a_score():
+    p, q = np.array([[0.6, 0.4], [1, 0]]), np.array([[np.nan, np.nan], [1, 0]])
+    for measure in (metrics.js, metrics.kl, metrics.bc, metrics.r2, metrics.brier):
+        np.testing.assert_array_equal(np.isnan(measure(p, q)), [True, False])
+    np.testing.assert_array_equal(np.isnan(metrics.entropy(q)), [True, False])
+    with pytest.raises(NonFiniteError, match="1 of 2"):
+        metrics.summary(p, q)
 
 
 def test_two_sets_of_different_size_are_refused():
