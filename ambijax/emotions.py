@@ -28,7 +28,7 @@ def soft_label(votes: Mapping[str, float], labels: Sequence[str]) -> np.ndarray:
       DataError: a negative or non-finite count, or no vote inside `labels`.
 
     >>> soft_label({"anger": 2, "neutral": 1, "surprise": 4}, ("anger", "happiness", "sadness", "neutral"))
-    array([0.6666667, 0.       , 0.       , 0.33333334], dtype=float32)
+    array([0.6666667 , 0.        , 0.        , 0.33333334], dtype=float32)
     """
     counts = np.array([votes.get(label, 0) for label in labels], np.float64)
     if not np.all(np.isfinite(counts)) or np.any(counts < 0):
