@@ -60,7 +60,7 @@ class Checkpoints:
         """Opens `directory` and removes what killed processes left half-written; the caller holds its `lock`.
 
         Args:
-          directory: created when absent.
+          directory: created by the first save.
           keep: how many of the newest checkpoints stay; the best one stays besides.
         """
         self.directory, self.keep, self.latest = directory, keep, None
@@ -68,9 +68,8 @@ class Checkpoints:
         self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = concurrent.futures.Future()
         self._pending.set_result(None)
-        directory.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            for path in directory.iterdir():
+            for path in directory.glob("*"):
                 if path.is_dir() and _STALE.fullmatch(path.name):
                     shutil.rmtree(path, ignore_errors=True)
 
@@ -120,6 +119,7 @@ class Checkpoints:
         need = sum(array.nbytes for array in arrays.values()) + 2**20  # Orbax's metadata and the digest
         try:
             shutil.rmtree(partial, ignore_errors=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
             _reserve(self.directory, need)
             digest.write(partial, record, arrays)
             if final.exists():  # a damaged one that this run passes again

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -124,21 +125,21 @@ def test_restores_every_bit_on_another_mesh(tmp_path, before, after):
 
 
 def test_the_next_step_may_donate_the_state_while_it_is_written(tmp_path, monkeypatch):
-    order = []
-    write_slowly = digest.write
+    updated = threading.Event()
+    write_now = digest.write
 
-    def wait_for_update(*args):
-        while not order:
-            pass
-        write_slowly(*args)
+    def write_after_update(directory, record, arrays):
+        assert updated.wait(60)
+        assert all(array.flags.owndata for array in arrays.values())  # not a view of memory that jax may reuse
+        write_now(directory, record, arrays)
 
-    monkeypatch.setattr(digest, "write", wait_for_update)
+    monkeypatch.setattr(digest, "write", write_after_update)
     update = jax.jit(lambda s: jax.tree.map(lambda x: x + jnp.ones((), x.dtype), s), donate_argnums=0)
     with Checkpoints(tmp_path, 2) as checkpoints:
         state = make_state(3)
         checkpoints.save(3, state, META, metric=None)
         jax.block_until_ready(update(state))
-        order.append("updated")
+        updated.set()
         checkpoints.wait()
         assert checkpoints.latest == 3
         _, back = checkpoints.restore(like(make_state(3)), META)
@@ -204,29 +205,49 @@ def test_nothing_completed_is_no_checkpoint(tmp_path, caplog):
 
 def test_killed_at_any_moment_of_a_save_leaves_a_run_that_restores(root, tmp_path, monkeypatch, caplog):
     moments = []
+    rmtree = shutil.rmtree
 
-    def snapshot(call):
-        def wrapped(*args, **kwargs):
-            moments.append(shutil.copytree(root, tmp_path / f"moment{len(moments)}"))
-            result = call(*args, **kwargs)
-            moments.append(shutil.copytree(root, tmp_path / f"moment{len(moments)}"))
-            return result
+    def look() -> None:
+        moments.append(shutil.copytree(root, tmp_path / f"moment{len(moments)}"))
+
+    def around(call):
+        def wrapped(*args):
+            look()
+            call(*args)
+            look()
 
         return wrapped
 
+    def remove_in_two_steps(path, *, ignore_errors):
+        for file in files_of(path)[:1]:
+            file.unlink()
+        look()
+        rmtree(path, ignore_errors=ignore_errors)
+
     with monkeypatch.context() as patch, Checkpoints(root, 1) as checkpoints:
         checkpoints.restore(like(make_state(0)), META)
-        patch.setattr(digest, "write", snapshot(digest.write))
-        patch.setattr(digest, "fsync", snapshot(digest.fsync))
-        patch.setattr(shutil, "rmtree", snapshot(shutil.rmtree))
+        patch.setattr(digest, "write", around(digest.write))
+        patch.setattr(digest, "fsync", around(digest.fsync))
+        patch.setattr(shutil, "rmtree", remove_in_two_steps)
         checkpoints.save(30, make_state(30), META, metric=None)
         checkpoints.wait()
     assert names(root) == ["step_00000030"]
+    for moment in moments:
+        for path in moment.glob("step_????????"):  # whatever has a final name is whole
+            digest.read_arrays(path, digest.read_record(path))
     steps = [restored(moment)[0] for moment in moments]
     assert steps == sorted(steps)
     assert set(steps) == {20, 30}
     assert caplog.records == []
     assert not [name for moment in moments for name in names(moment) if name.endswith("tmp")]
+
+
+def test_a_root_removed_under_a_running_training_is_created_again(root):
+    with Checkpoints(root, 2) as checkpoints:
+        checkpoints.restore(like(make_state(0)), META)
+        shutil.rmtree(root)
+        checkpoints.save(30, make_state(30), META, metric=None)
+    assert restored(root)[0] == 30
 
 
 # Damage (F11, F12, F14).
