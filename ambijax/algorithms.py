@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
@@ -67,6 +68,10 @@ class Setting:
             temperature=temperature,
         )
 
+    def distribution(self, logits: np.ndarray) -> np.ndarray:
+        """Class logits [..., K] to float64 phat [..., K], on the host."""
+        return scipy.special.softmax(logits.astype(np.float64) / self.config.readout.temperature, axis=-1)
+
     def soft_label_kl(self, target: jax.Array, readout: jax.Array) -> jax.Array:
         """L_KL at the read-out temperature, [B]."""
         return losses.soft_label_kl(target, readout / self.config.readout.temperature)
@@ -103,13 +108,16 @@ class Judged:
         ]
 
 
+def read(setting: Setting, rolled: Rollout) -> tuple[list[list[str]], np.ndarray]:
+    """A roll-out on the host as texts [B][G] and distributions [B, G, K]."""
+    texts = [[prompt.decode(setting.vocabulary, ids) for ids in group] for group in rolled.completions.tokens]
+    return texts, setting.distribution(rolled.readout)
+
+
 def judge(setting: Setting, rolled: Rollout, target: np.ndarray) -> Judged:
     """Decodes a roll-out and measures what its rewards are made of. Arguments are host arrays."""
-    v, labels = setting.vocabulary, setting.vocabulary.labels
-    texts = [[prompt.decode(v, ids) for ids in group] for group in rolled.completions.tokens]
-    z = rolled.readout.astype(np.float64) / setting.config.readout.temperature
-    readout = np.exp(z - z.max(-1, keepdims=True))
-    readout /= readout.sum(-1, keepdims=True)
+    labels = setting.vocabulary.labels
+    texts, readout = read(setting, rolled)
     fmt = [
         [reasoning.format_reward(t, labels, ended=bool(e)) for t, e in zip(group, ended, strict=True)]
         for group, ended in zip(texts, rolled.ended, strict=True)
@@ -219,7 +227,7 @@ def collect_group(
         js = np.zeros(len(reward))
         if c.gold_reward == "measured":
             after = sharding.fetch(setting.score(variables, placed.prompt, placed.gold, {}).readout)[:, 0]
-            js = metrics.js(batch.target, np.asarray(jax.nn.softmax(after / setting.config.readout.temperature)))
+            js = metrics.js(batch.target, setting.distribution(after))
         gold_reward = rewards.gold_reward(c.gold_reward, js, present, **weights)
     advantages = rewards.group_advantages(
         reward, gold_reward, scale=c.scale, ddof=c.ddof, eps=c.eps, min_std=c.min_std, gold_adv_clip=c.gold_adv_clip

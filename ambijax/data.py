@@ -70,21 +70,14 @@ class Dataset:
 
     def prompts(self, indices: Sequence[int]) -> Prompt:
         """The prompts of some utterances as numpy arrays, in the smallest window that holds them all."""
-        sounds = [self.sounds[i] for i in indices]
-        window = audio.window(max(s.frames for s in sounds), self.windows)
-        length = window // 4 + self.text_tokens
-        tokens = _pad([self.examples[i].prompt for i in indices], length, self.pad)
-        lengths = np.array([len(self.examples[i].prompt) for i in indices])
-        heard = (
-            {"mel": np.stack([s.values for s in sounds]), "frames": np.array([s.frames for s in sounds], np.int32)}
-            if self.live_tower
-            else {"audio": _pad([s.values for s in sounds], window // 4, 0)}
-        )
-        return Prompt(
-            tokens=tokens,
-            mask=np.arange(length) < lengths[:, None],
-            example=np.array([self.first + i for i in indices], np.int32),
-            **heard,
+        return prompts(
+            [self.examples[i].prompt for i in indices],
+            [self.sounds[i] for i in indices],
+            [self.first + i for i in indices],
+            windows=self.windows,
+            text_tokens=self.text_tokens,
+            pad=self.pad,
+            live_tower=self.live_tower,
         )
 
     def batch(self, indices: Sequence[int]) -> Batch:
@@ -116,6 +109,37 @@ class Dataset:
     def batch_at(self, seed: int, step: int, size: int) -> Batch:
         """The batch of step `step`; depends on nothing else."""
         return self.batch(self.indices_at(seed, step, size))
+
+
+def prompts(
+    tokens: Sequence[np.ndarray],
+    sounds: Sequence[Sound],
+    numbers: Sequence[int],
+    *,
+    windows: Sequence[int],
+    text_tokens: int,
+    pad: int,
+    live_tower: bool,
+) -> Prompt:
+    """Tokenised prompts and their sounds as one batch of numpy arrays; `numbers` seed the sampling."""
+    window = audio.window(max(s.frames for s in sounds), windows)
+    length = window // 4 + text_tokens
+    lengths = np.array([len(ids) for ids in tokens])
+    if live_tower:
+        heard = {"mel": np.stack([s.values for s in sounds]), "frames": np.array([s.frames for s in sounds], np.int32)}
+    else:
+        heard = {"audio": _pad([s.values for s in sounds], window // 4, 0)}
+    return Prompt(
+        tokens=_pad(tokens, length, pad),
+        mask=np.arange(length) < lengths[:, None],
+        example=np.array(numbers, np.int32),
+        **heard,
+    )
+
+
+def round_up(tokens: int) -> int:
+    """A text length to the next declared one."""
+    return -(-tokens // ROUND) * ROUND
 
 
 @functools.lru_cache(maxsize=4)
@@ -179,7 +203,7 @@ def build(
             first=int(start),
             live_tower=live_tower,
             windows=tuple(windows),
-            text_tokens=-(-text // ROUND) * ROUND,
+            text_tokens=round_up(text),
             max_tokens=max_tokens,
             pad=vocabulary.endoftext,
             label_in_ce=label_in_ce,

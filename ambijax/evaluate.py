@@ -27,8 +27,7 @@ def predict(setting: Setting, variables: dict, dataset: Dataset, name: str) -> I
     Yields:
       id, target, votes, readout, js, reasoning, format, forced, js_gold (after the curated trajectory, None without).
     """
-    size = setting.config.eval.batch_size
-    size = -(-size // (split := setting.mesh.shape["data"] * setting.mesh.shape["fsdp"])) * split
+    size = sharding.round_up(setting.config.eval.batch_size, setting.mesh)
     bar = tqdm.tqdm(total=len(dataset), desc=name, unit="clip", mininterval=1.0)
     for start in range(0, len(dataset), size):
         wanted = [min(start + i, len(dataset) - 1) for i in range(size)]  # the last batch is filled up: one shape
@@ -37,7 +36,7 @@ def predict(setting: Setting, variables: dict, dataset: Dataset, name: str) -> I
         rolled = setting.rollout(variables, placed.prompt, jax.random.key(0), samples=1, temperature=0.0)
         judged = algorithms.judge(setting, sharding.fetch(rolled), batch.target)
         after_gold = setting.score(variables, placed.prompt, placed.gold, {}).readout
-        js_gold = metrics.js(batch.target, _softmax(sharding.fetch(after_gold)[:, 0], setting))
+        js_gold = metrics.js(batch.target, setting.distribution(sharding.fetch(after_gold)[:, 0]))
         for row, index in enumerate(wanted[: len(dataset) - start]):
             utterance = dataset.utterances[index]
             yield {
@@ -55,10 +54,6 @@ def predict(setting: Setting, variables: dict, dataset: Dataset, name: str) -> I
             }
             bar.update()
     bar.close()
-
-
-def _softmax(logits: np.ndarray, setting: Setting) -> np.ndarray:
-    return np.asarray(jax.nn.softmax(logits / setting.config.readout.temperature))
 
 
 def summarise(records: list[dict]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Clips to `data.Sound`: log-mel of every file and, while the audio tower is frozen, its output, once a clip."""
 
 import collections
+import functools
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -13,7 +14,7 @@ from ambijax.data import Sound
 from ambijax.manifest import Corpus, Utterance
 from ambijax.model.qwen2_audio import Qwen2Audio
 
-CLIPS = 16  # clips a device encodes at once
+CLIPS = 16  # clips encoded at once
 
 
 def mels(samples: Iterable[np.ndarray], windows: tuple[int, ...], n_mels: int) -> Iterator[Sound]:
@@ -23,16 +24,20 @@ def mels(samples: Iterable[np.ndarray], windows: tuple[int, ...], n_mels: int) -
         yield Sound(frames, audio.log_mel(clip, audio.window(frames, windows), n_mels))
 
 
-def encode(model: Qwen2Audio, params: dict, mesh: Mesh, sounds: Iterable[Sound]) -> Iterator[Sound]:
+@functools.partial(jax.jit, static_argnames="model")
+def _encode(model: Qwen2Audio, variables: dict, mel: jax.Array, frames: jax.Array) -> jax.Array:
+    return model.apply(variables, mel, frames, method="encode")
+
+
+def encode(model: Qwen2Audio, variables: dict, mesh: Mesh, sounds: Iterable[Sound]) -> Iterator[Sound]:
     """Log-mel sounds to projected tower output [A, D], in order; one compiled program for each window in use."""
-    program = jax.jit(lambda p, mel, frames: model.apply({"params": p}, mel, frames, method="encode"))
-    size = CLIPS * mesh.shape["data"] * mesh.shape["fsdp"]
+    size = sharding.round_up(CLIPS, mesh)
 
     def flush(waiting: list[tuple[int, Sound]]) -> Iterator[tuple[int, Sound]]:
         rows = [sound for _, sound in waiting]
         rows += rows[:1] * (size - len(rows))  # full batches only, so that the shape is one
         batch = (np.stack([s.values for s in rows]), np.array([s.frames for s in rows], np.int32))
-        out = np.asarray(program(params, *sharding.place(batch, mesh)))
+        out = sharding.fetch(_encode(model, variables, *sharding.place(batch, mesh)))
         for (index, sound), row in zip(waiting, out, strict=False):
             yield index, Sound(sound.frames, row[: sound.tokens].copy())
 
@@ -80,5 +85,5 @@ def compute(
         longest = max(audio.mel_frames(len(clip)) for clip in clips)
         sounds = mels(clips, (audio.window(longest, windows),), n_mels)
     else:
-        sounds = encode(model, params, mesh, mels(clips, windows, n_mels))
+        sounds = encode(model, {"params": params}, mesh, mels(clips, windows, n_mels))
     return {u.id: sound for u, sound in zip(utterances, sounds, strict=True)}

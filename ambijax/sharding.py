@@ -76,7 +76,7 @@ def partition(*logical: str | None) -> PartitionSpec:
 
 def parameter(path: str) -> PartitionSpec:
     """The PartitionSpec of a variable by its path, for example 'params/language_model/layers/q_proj/kernel'."""
-    *modules, leaf = path.split("/")
+    *modules, leaf = ["", *path.split("/")]
     stacked = (None,) if "layers" in modules else ()  # layers are stacked on a leading axis
     name = leaf if leaf in MATRICES else modules[-1]
     if name not in MATRICES:
@@ -114,6 +114,12 @@ def fetch(tree: object) -> object:
         return np.concatenate([shard.data for shard in sorted(shards, key=lambda s: s.index[0].start or 0)])
 
     return jax.tree.map(rows, tree)
+
+
+def round_up(batch: int, mesh: Mesh) -> int:
+    """The smallest batch of at least `batch` rows that the mesh can split."""
+    split = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-batch // split) * split
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:

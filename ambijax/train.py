@@ -26,6 +26,7 @@ from ambijax import assemble, checkpoint, errors, evaluate, optim, settings, sha
 from ambijax.algorithms import ALGORITHMS, Setting
 from ambijax.data import Dataset
 from ambijax.structs import TrainState
+from ambijax.workdir import lock
 
 DROPOUT = 2**31 - 1  # folded into a step's key for dropout; examples are numbered from 0
 SHOWN = ("loss", "loss/kl", "rollout/js", "rollout/format")  # beside the progress bar
@@ -228,7 +229,7 @@ class Signals:
 
 def main() -> None:
     config, workdir = settings.parse(sys.argv)
-    with checkpoint.lock(workdir):
+    with lock(workdir):
         train(config, workdir)
 
 

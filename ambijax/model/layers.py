@@ -117,16 +117,19 @@ def attention(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     """
     b, g, t, h, d = q.shape
     kv_heads = segments[0].k.shape[-2]
-    q = q.reshape(b, g, t, kv_heads, h // kv_heads, d) * d**-0.5
-    scores = [
-        jnp.einsum(f"bgtkrd,b{'g' * (s.k.ndim == 5)}skd->bgkrts", q, s.k, preferred_element_type=jnp.float32)
-        + jnp.where(s.mask, 0.0, MASKED)[:, :, None, None]
-        for s in segments
-    ]
+    # Batch axes first, and the rows that share keys side by side: one large product for a shared segment.
+    q = jnp.einsum("bgtkrd->bkgrtd", q.reshape(b, g, t, kv_heads, h // kv_heads, d) * d**-0.5)
+    scores = []
+    for s in segments:
+        own = "g" * (s.k.ndim == 5)
+        k = jnp.einsum(f"b{own}skd->bk{own}sd", s.k)
+        product = jnp.einsum(f"bkgrtd,bk{own}sd->bkgrts", q, k, preferred_element_type=jnp.float32)
+        scores.append(jnp.where(s.mask[:, None, :, None], product, MASKED))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
-    edges = [sum(s.k.shape[-3] for s in segments[: i + 1]) for i in range(len(segments) - 1)]
-    out = sum(
-        jnp.einsum(f"bgkrts,b{'g' * (s.v.ndim == 5)}skd->bgtkrd", w, s.v)
-        for s, w in zip(segments, jnp.split(weights, edges, axis=-1), strict=True)
-    )
-    return out.reshape(b, g, t, h, d)
+    out, start = 0, 0
+    for s, score in zip(segments, scores, strict=True):
+        own = "g" * (s.v.ndim == 5)
+        w = weights[..., start : start + score.shape[-1]]
+        out += jnp.einsum(f"bkgrts,bk{own}sd->bkgrtd", w, jnp.einsum(f"b{own}skd->bk{own}sd", s.v))
+        start += score.shape[-1]
+    return jnp.einsum("bkgrtd->bgtkrd", out).reshape(b, g, t, h, d)
