@@ -1,0 +1,380 @@
+"""Curates chains of thought for a manifest: a teacher writes them, checks and a validator pass them, each is paid once.
+
+    python -m ambijax.curate --config configs/curate.py:cremad --manifest=data/cremad --out=cot.jsonl --dry_run
+    python -m ambijax.curate --config configs/curate.py:cremad --manifest=data/cremad --out=cot.jsonl
+    python -m ambijax.curate --config configs/curate.py:cremad --manifest=data/cremad --out=cot.jsonl --merge
+
+The first line estimates the cost and calls nothing. The second does the work; started again, it goes on where it
+stopped or was killed. The third puts the accepted reasonings into the manifest, where training reads them; an
+utterance without one is kept for the KL alone. docs/curation.md tells the rest.
+"""
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from ambijax import audio, emotions, errors, manifest
+from ambijax.acoustics import MEASURES, Acoustics, Norm, measure, speaker_norms
+from ambijax.curation import checks, ledger, prompts, teachers
+from ambijax.curation.client import BudgetReached, Client, Request
+from ambijax.errors import ConfigError, DataError
+from ambijax.manifest import Corpus
+
+USAGE = (
+    "usage: python -m ambijax.curate --config configs/curate.py[:cremad|:iemocap] --manifest=DIR --out=cot.jsonl "
+    "[--dry_run | --merge] [--max_usd=USD] [--max_items=N] [--config.KEY=VALUE ...]"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    config: ConfigDict
+    root: Path  # directory of the manifest
+    out: Path
+    dry_run: bool
+    merge: bool
+
+
+def parse(argv: list[str]) -> Options:
+    """Flags to options.
+
+    Raises:
+      ConfigError: a flag, a key or a value is wrong.
+    """
+    if {"-h", "--help"} & set(argv):
+        raise SystemExit(f"{__doc__}\n{USAGE}")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("manifest", None, "", flag_values=values)
+    flags.DEFINE_string("out", None, "", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "", flag_values=values)
+    flags.DEFINE_bool("merge", False, "", flag_values=values)
+    flags.DEFINE_float("max_usd", None, "", flag_values=values)
+    flags.DEFINE_integer("max_items", None, "", flag_values=values)
+    try:
+        rest = values(argv)[1:]
+        config = values.config
+        _ = config is None or config.teacher  # a file that failed to load fails here
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        said = " ".join(str(error).strip().splitlines()[-1].split()) if str(error).strip() else type(error).__name__
+        raise ConfigError(f"command line: {said}") from None
+    if rest:
+        raise ConfigError(f"unexpected argument {rest[0]!r}; {USAGE}")
+    if missing := [name for name in ("config", "manifest", "out") if values[name].value is None]:
+        raise ConfigError(f"--{missing[0]} is missing; {USAGE}")
+    for name in ("max_usd", "max_items"):
+        if values[name].value is not None:
+            config[name] = values[name].value
+    check(config)
+    path = Path(values.manifest)
+    if path.suffix == ".jsonl" and path.name != "manifest.jsonl":
+        raise ConfigError(f"--manifest={path}: give a directory or its manifest.jsonl")
+    root = path.parent if path.name == "manifest.jsonl" else path
+    return Options(config, root, Path(values.out), values.dry_run, values.merge)
+
+
+def check(config: ConfigDict) -> None:
+    """Everything that can be wrong with the values alone.
+
+    Raises:
+      ConfigError: lists all problems at once.
+    """
+    c, wrong = config, []
+
+    def need(holds: bool, message: str) -> None:
+        if not holds:
+            wrong.append(message)
+
+    need(c.teacher in ("audio", "acoustics", "template"), f"teacher={c.teacher!r} must be audio, acoustics or template")
+    need(c.validator in ("judge", "reader", "none"), f"validator={c.validator!r} must be judge, reader or none")
+    need(len(set(c.labels)) == len(c.labels) >= 2, f"labels={c.labels} must be distinct, two or more")
+    need(0 < c.max_js <= 1, f"max_js={c.max_js} must be in (0, 1] bits")
+    need(c.attempts >= 1, f"attempts={c.attempts} must be at least 1")
+    need(c.concurrency >= 1, f"concurrency={c.concurrency} must be at least 1")
+    need(0 <= c.max_usd < math.inf, f"max_usd={c.max_usd} must be a number of dollars, 0 or more")
+    need(c.max_items >= 0, f"max_items={c.max_items} must be 0 (all) or more")
+    need(c.calls.retries >= 0 and c.calls.timeout_s > 0, "calls.retries must be 0 or more, calls.timeout_s positive")
+    for role in ("writer", "judge"):
+        e = c[role]
+        need(e.base_url.startswith(("http://", "https://")), f"{role}.base_url={e.base_url!r} must be an http(s) URL")
+        need(e.rpm >= 1 and e.tpm >= 1, f"{role}.rpm and {role}.tpm must be at least 1")
+        need(e.bytes_per_token > 0 and e.audio_tokens_per_s >= 0, f"{role}.bytes_per_token must be positive")
+        need(e.max_completion_tokens >= 1, f"{role}.max_completion_tokens must be at least 1")
+    if wrong:
+        raise ConfigError("configuration: " + "; ".join(wrong))
+
+
+# What there is to do -------------------------------------------------------------------------------------------------
+
+
+def to_do(corpus: Corpus, out: Path, config: ConfigDict) -> tuple[list[teachers.Item], list[teachers.Result]]:
+    """Utterances that have no result yet: (those with a soft label, failures of those whose votes give none)."""
+    finished = set()
+    if out.is_file():
+        finished = {row["id"] for row in ledger.read(out)[0] if row["status"] != "failed"}
+    items, failures = [], []
+    for utterance in corpus.utterances[: config.max_items or None]:
+        if utterance.id in finished:
+            continue
+        try:
+            items.append(teachers.Item(utterance, emotions.soft_label(utterance.votes, config.labels)))
+        except DataError as error:
+            failures.append(teachers.Result(utterance.id, "failed", f"votes: {error}", 0, "", ""))
+    return items, failures
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What curating some items will take."""
+
+    hours: float  # of audio
+    unreadable: int  # clips whose header cannot be read
+    requests: int  # when every first draft passes
+    tokens: int
+    usd: float
+    usd_at_most: float  # when every item takes all its attempts and every answer has full length
+    minutes: float  # that the rate limits alone enforce
+
+
+def estimate(items: Sequence[teachers.Item], corpus: Corpus, config: ConfigDict) -> Estimate:
+    """Counts tokens from above with the very requests that will be sent; reads nothing of a clip but its header."""
+    seconds, first, all_attempts, unreadable = 0.0, [], [], 0
+    voice = prompts.describe(Acoustics(*[0.0] * len(MEASURES)), Norm.of([Acoustics(*[0.0] * len(MEASURES))]))
+    longest = "x" * math.ceil(config.writer.max_completion_tokens * config.writer.bytes_per_token)
+    again = teachers.Draft(2, text=longest, faults=("x" * 300,))
+    for item in items:
+        length = _seconds(corpus, item)
+        unreadable += length is None
+        seconds += length or 0.0
+        sound, heard = (b"", length or 0.0) if config.teacher == "audio" else (voice, 0.0)
+        first.append(teachers.drafting_request(config, item, teachers.Draft(1), sound, heard))
+        all_attempts.append(first[-1])
+        all_attempts += [teachers.drafting_request(config, item, again, sound, heard)] * (config.attempts - 1)
+        if config.validator != "none":
+            written = longest[: math.ceil(config.writer.expected_tokens * config.writer.bytes_per_token)]
+            first.append(teachers.validating_request(config, item, written, 1))
+            all_attempts += [teachers.validating_request(config, item, longest, 1)] * config.attempts
+    if config.teacher == "template":
+        return Estimate(seconds / 3600, unreadable, 0, 0, 0.0, 0.0, 0.0)
+    return Estimate(
+        hours=seconds / 3600,
+        unreadable=unreadable,
+        requests=len(first),
+        tokens=sum(request.prompt_tokens + request.endpoint.expected_tokens for request in first),
+        usd=sum(request.usd(request.endpoint.expected_tokens) for request in first),
+        usd_at_most=sum(request.usd_at_most for request in all_attempts),
+        minutes=max((_minutes(first, config[role]) for role in ("writer", "judge")), default=0.0),
+    )
+
+
+def _minutes(requests: Sequence[Request], endpoint: ConfigDict) -> float:
+    mine = [request for request in requests if request.endpoint.model == endpoint.model]
+    return max(len(mine) / endpoint.rpm, sum(request.tokens for request in mine) / endpoint.tpm)
+
+
+def _seconds(corpus: Corpus, item: teachers.Item) -> float | None:
+    """Length of the clip as its header tells, at most what is sent; None when it cannot be read."""
+    import soundfile
+
+    try:
+        return min(soundfile.info(corpus.path(item.utterance)).duration, audio.SECONDS)
+    except (soundfile.SoundFileError, TypeError, DataError):
+        return None
+
+
+def voices(corpus: Corpus, least: int) -> teachers.Voices:
+    """Measures every clip of the corpus and its speakers' norms; a clip that cannot be read keeps its error."""
+    from tqdm import tqdm
+
+    clips: dict[str, Acoustics] = {}
+    measured: dict[str, tuple[Acoustics, Norm] | DataError] = {}
+    for utterance in tqdm(corpus.utterances, desc="acoustics", disable=None):
+        try:
+            clips[utterance.id] = measure(audio.load(corpus.path(utterance)))
+        except DataError as error:
+            measured[utterance.id] = error
+    heard = [utterance for utterance in corpus.utterances if utterance.id in clips]
+    norms = speaker_norms(list(clips.values()), [u.speaker for u in heard], least) if heard else {}
+    return measured | {u.id: (clips[u.id], norms[u.speaker]) for u in heard}
+
+
+# Doing it ------------------------------------------------------------------------------------------------------------
+
+
+def _settings(config: ConfigDict) -> dict[str, object]:
+    """What may not change half-way through an output file."""
+    settings = {"labels": config.labels, "teacher": config.teacher}
+    if config.teacher != "template":
+        settings |= {"writer": config.writer.model, "validator": config.validator}
+        settings |= {"judge": config.judge.model} if config.validator != "none" else {}
+        settings |= {"max_js": config.max_js} if config.validator == "reader" else {}
+    return settings
+
+
+def _endpoints(config: ConfigDict) -> list[ConfigDict]:
+    """The models that the config needs; none for the offline teacher."""
+    if config.teacher == "template":
+        return []
+    return [config.writer] if config.validator == "none" else [config.writer, config.judge]
+
+
+def _cast(client: Client, corpus: Corpus, config: ConfigDict) -> tuple[teachers.Teacher, teachers.Validator]:
+    """Who writes and who checks."""
+    if config.teacher == "template":  # whatever a validator found, the template would write the same again
+        return teachers.template_teacher(config.labels, voices(corpus, config.norm_clips)), teachers.no_validator
+    if config.teacher == "audio":
+        teacher = teachers.hearing_teacher(client, config, corpus)
+    else:
+        teacher = teachers.reading_teacher(client, config, voices(corpus, config.norm_clips))
+    validators = {"judge": teachers.judge, "reader": teachers.blind_reader}
+    return teacher, teachers.no_validator if config.validator == "none" else validators[config.validator](
+        client, config
+    )
+
+
+async def _work(
+    items: Sequence[teachers.Item], corpus: Corpus, config: ConfigDict, book: ledger.Ledger, results: ledger.Journal
+) -> tuple[Exception | None, Client]:
+    """Curates the items; (why it ended early, the client with its counts)."""
+    from tqdm import tqdm
+
+    end = None
+    queue = iter(items)
+    async with Client(book, _endpoints(config), config.calls, config.max_usd) as client:
+        teacher, validator = _cast(client, corpus, config)
+        with tqdm(total=len(items), desc="curate", disable=None) as bar:
+
+            async def worker() -> None:
+                for item in queue:
+                    results.append(dataclasses.asdict(await teachers.curate(item, teacher, validator, config)))
+                    bar.update()
+
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(config.concurrency):
+                        group.create_task(worker())
+            except* (BudgetReached, ConfigError) as ends:
+                end = ends.exceptions[0]
+    return end, client
+
+
+def run(items: Sequence[teachers.Item], failures: Sequence[teachers.Result], corpus: Corpus, options: Options) -> None:
+    """Curates the items into `options.out` and prints what became of them.
+
+    Raises:
+      ConfigError: the key, quota or model is no good; what was finished is kept.
+    """
+    config, out = options.config, options.out
+    with contextlib.ExitStack() as stack:
+        book = stack.enter_context(contextlib.closing(ledger.Ledger(_ledger_path(out), _settings(config))))
+        ledger.forget_failed(out)
+        results = stack.enter_context(contextlib.closing(ledger.Journal(out)))
+        for failure in failures:
+            results.append(dataclasses.asdict(failure))
+        end, client = asyncio.run(_work(items, corpus, config, book, results))
+        rows, _ = ledger.read(out)
+        if isinstance(end, ConfigError):
+            raise ConfigError(f"{end} ({len(rows)} finished items are kept in {out})")
+        if end:
+            print(f"stopped     {end}")
+        summarise(rows, corpus, config)
+        print(f"requests    {client.sent} sent, {client.replayed} answered from the ledger")
+        print(f"cost        ${book.spent:.4f} in all, of which up to ${book.lost:.4f} for answers that never arrived")
+
+
+def _ledger_path(out: Path) -> Path:
+    return out.with_suffix(".ledger.jsonl")
+
+
+def summarise(rows: Sequence[dict], corpus: Corpus, config: ConfigDict) -> None:
+    """Prints how many items ended how, and why."""
+    asked = {utterance.id for utterance in corpus.utterances[: config.max_items or None]}
+    rows = [row for row in rows if row["id"] in asked]
+    counts = collections.Counter(row["status"] for row in rows)
+    reasons = collections.defaultdict(collections.Counter)
+    for row in rows:
+        reasons[row["status"]][row["reason"].split(":")[0]] += 1
+    print(f"accepted    {counts['ok']}")
+    for status in ("rejected", "failed"):
+        why = ", ".join(f"{reason} {count}" for reason, count in reasons[status].most_common())
+        print(f"{status:11} {counts[status]}{f' ({why})' if why else ''}")
+    print(f"not begun   {len(asked) - len(rows)}")
+
+
+# Using it ------------------------------------------------------------------------------------------------------------
+
+
+def merge(corpus: Corpus, out: Path, config: ConfigDict) -> None:
+    """Writes the accepted reasonings of `out` into the manifest; a malformed row is dropped and counted, not fatal.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
+    if not out.is_file():
+        raise ConfigError(f"no results at {out}; curate first")
+    by_id = {utterance.id: utterance for utterance in corpus.utterances}
+    dropped: collections.Counter[str] = collections.Counter()
+    cots: dict[str, str] = {}
+    for line in out.read_bytes().split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name, cot, accepted = row["id"], row["cot"], row.get("status", "ok") == "ok"
+        except (ValueError, TypeError, KeyError, RecursionError):
+            dropped["not a result"] += 1
+            continue
+        if not accepted:
+            continue
+        if not isinstance(name, str) or name not in by_id:
+            dropped["not in the manifest"] += 1
+        elif name in cots:
+            dropped["id occurs twice"] += 1
+        elif not isinstance(cot, str):
+            dropped["not a result"] += 1
+        elif found := checks.faults(cot, by_id[name].transcript, config.labels, config.max_chars):
+            dropped[found[0].split(":")[0]] += 1
+        else:
+            cots[name] = cot
+    utterances = tuple(dataclasses.replace(u, cot=cots.get(u.id, u.cot)) for u in corpus.utterances)
+    manifest.write(dataclasses.replace(corpus, utterances=utterances))
+    why = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common())
+    print(f"merged      {len(cots)} reasonings into {corpus.root / 'manifest.jsonl'}")
+    print(f"dropped     {dropped.total()}{f' ({why})' if why else ''}")
+    print(f"for KL only {sum(not u.cot for u in utterances)}")
+
+
+def main() -> None:
+    """The command."""
+    options = parse(sys.argv)
+    config, out = options.config, options.out
+    corpus = manifest.read(options.root)
+    if options.merge:
+        merge(corpus, out, config)
+        return
+    items, failures = to_do(corpus, out, config)
+    e = estimate(items, corpus, config)
+    asked = len(corpus.utterances[: config.max_items or None])
+    print(f"items       {len(items)} to do of {asked} ({asked - len(items) - len(failures)} finished earlier)")
+    print(f"audio       {e.hours:.2f} h" + (f", {e.unreadable} clips cannot be read" if e.unreadable else ""))
+    print(
+        f"estimate    {e.requests} requests, {e.tokens / 1e6:.2f} M tokens, ${e.usd:.2f} if every first draft passes,"
+    )
+    print(f"            ${e.usd_at_most:.2f} at most; the rate limits alone take {e.minutes:.0f} min")
+    if not options.dry_run:
+        run(items, failures, corpus, options)
+
+
+if __name__ == "__main__":
+    errors.run(main)

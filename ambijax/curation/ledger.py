@@ -1,0 +1,193 @@
+"""The append-only files that survive kill -9: what was sent, what came back, what became of each item.
+
+Two files, one JSON line a record, fsynced when it holds something that was paid for:
+
+    cot.jsonl           one line an item that ended: {"id", "status", "reason", "attempts", "teacher", "cot"}
+    cot.ledger.jsonl    {"settings"} once; {"sent": n, ...} before a request leaves; {"got": n, ...} when it has ended
+
+An answer is in the ledger before anything is done with it, and the dialogue about an item is a function of the
+answers. So a restarted run replays the ledger, pays for nothing it already holds, and stands where the last one fell.
+What no client can know is whether a request that was on its way at the moment of the kill has been billed: the
+ledger counts it at its highest possible price, and the next run sends it again under the same idempotency key.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ambijax.errors import ConfigError, DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a model said: the text, why it ended ('stop', 'length', 'content_filter', ...), and its refusal if any."""
+
+    text: str
+    finish: str
+    refusal: str
+
+
+class Journal:
+    """An append-only JSONL file; `records` is what it held when it was opened.
+
+    Raises:
+      ConfigError: another process has it open, or it cannot be written.
+      DataError: a line is not a JSON object; a cut last line does not count, it is dropped.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab")
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it however the process ends
+        except OSError:
+            self._file.close()
+            raise ConfigError(f"{path}: another run is writing to it; wait for it or choose another --out") from None
+        try:
+            self.records, whole = read(path)
+        except DataError:
+            self._file.close()
+            raise
+        self._file.truncate(whole)
+        _sync_directory(path.parent)
+
+    def append(self, record: Mapping[str, object], *, sync: bool = True) -> None:
+        """Adds one record. On return it survives the end of this process, and with `sync` that of the machine."""
+        self._file.write(_line(record))
+        self._file.flush()
+        if sync:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> tuple[list[dict], int]:
+    """The records of a journal and the bytes they take; a last line without its end is not a record."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    records = []
+    for number, line in enumerate(content[:whole].splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise DataError(f"{path}:{number}: not a JSON object; repair or remove the line")
+        records.append(record)
+    return records, whole
+
+
+def forget_failed(path: Path) -> None:
+    """Rewrites the results without the failed items, whole or not at all, so that this run tries them again."""
+    if not path.is_file():
+        return
+    records, _ = read(path)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.writelines(_line(record) for record in records if record.get("status") != "failed")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def _line(record: Mapping[str, object]) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+
+
+def _sync_directory(path: Path) -> None:
+    """Makes the name of a new file as durable as its content."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Ledger:
+    """Every request with its price, and every answer that was paid for.
+
+    Attributes:
+      answers: request key -> Answer.
+      spent: USD of all requests in the file; one whose end is unknown counts at its highest possible price.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, object]):
+        """Opens or begins the ledger of a run with these settings.
+
+        Raises:
+          ConfigError: the file was begun with other settings; names them.
+        """
+        self._journal = Journal(path)
+        self.answers: dict[str, Answer] = {}
+        self._open: dict[int, dict] = {}  # number -> its 'sent' record
+        self._ended: list[tuple[dict, dict]] = []
+        self.spent = self._lost = 0.0
+        settings = json.loads(json.dumps(settings))  # as they read from the file
+        begun = next((r["settings"] for r in self._journal.records if "settings" in r), None)
+        if begun is None:
+            self._journal.append({"settings": settings})
+        elif changed := sorted(k for k in begun.keys() | settings.keys() if begun.get(k) != settings.get(k)):
+            self._journal.close()
+            was = ", ".join(f"{k}: {begun.get(k)!r} is now {settings.get(k)!r}" for k in changed)
+            raise ConfigError(f"{path} was begun with other settings ({was}); restore them or choose another --out")
+        for record in self._journal.records:
+            self._count(record)
+        self._next = 1 + max((r["sent"] for r in self._journal.records if "sent" in r), default=0)
+
+    def _count(self, record: dict) -> None:
+        if "sent" in record:
+            self._open[record["sent"]] = record
+            self.spent += record["usd"]
+        elif "got" in record:
+            sent = self._open.pop(record["got"])
+            self._ended.append((sent, record))
+            self.spent += record["usd"] - sent["usd"]
+            if record["answer"] is not None:
+                self.answers[sent["key"]] = Answer(**record["answer"])
+            else:
+                self._lost += record["usd"]
+
+    @property
+    def lost(self) -> float:
+        """The part of `spent` that stands for answers which never arrived."""
+        return self._lost + sum(record["usd"] for record in self._open.values())
+
+    def sent(self, key: str, item: str, model: str, tokens: int, usd: float) -> int:
+        """Notes that a request is about to leave, with the most it can cost; returns its number."""
+        number, self._next = self._next, self._next + 1
+        record = {"sent": number, "key": key, "item": item, "model": model, "tokens": tokens, "usd": usd}
+        self._append(record, sync=False)  # the next answer takes it along to the disk
+        return number
+
+    def got(self, number: int, usd: float, *, answer: Answer | None, error: str) -> None:
+        """Notes how request `number` ended: with an answer, or with an error that cost `usd` at most."""
+        said = dataclasses.asdict(answer) if answer else None
+        self._append({"got": number, "usd": usd, "error": error, "answer": said}, sync=True)
+
+    def _append(self, record: dict, *, sync: bool) -> None:
+        record["time"] = time.time()
+        self._journal.append(record, sync=sync)
+        self._count(record)
+
+    def recent(self, seconds: float, timeout: float) -> Iterator[tuple[str, int, float]]:
+        """Requests of an earlier process that may still count against a rate limit.
+
+        Yields:
+          (model, tokens, time until which it counts), `seconds` after its end. A request without an end was over
+          `timeout` seconds after it left.
+        """
+        for sent, got in self._ended:
+            yield sent["model"], sent["tokens"], got["time"] + seconds
+        for sent in self._open.values():
+            yield sent["model"], sent["tokens"], sent["time"] + timeout + seconds
+
+    def close(self) -> None:
+        self._journal.close()
