@@ -7,7 +7,7 @@ Prints JS / BC / R2 / Brier / accuracy on held-out speakers (every fold is the t
     clip               softmax regression on the measured acoustics of the clip alone, without or with products
     speaker            the same on z-scores against the speaker's other clips
     listeners          the true probabilities over the whole pool of listeners: what no model can beat but by luck
-beside what the corpus looks like. Slow honesty, not a test: it renders every clip a second time.
+beside what the corpus looks like. It renders every clip a second time: 3,000 clips take some two minutes.
 """
 
 import argparse

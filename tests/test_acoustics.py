@@ -85,6 +85,11 @@ def test_harmonicity_is_harmonics_to_noise():
         assert measure(noisy).harmonicity == pytest.approx(snr, abs=1.0)
 
 
+def test_a_swelling_tone_is_still_harmonic():
+    swelling = tone(150, 0.1, 0.2) * np.exp(20 * (seconds(0.2) - 0.2)).astype(np.float32)
+    assert measure(swelling).harmonicity > 20  # normalised by one end of the frame alone it would read about 8
+
+
 @pytest.mark.parametrize("samples", [0, 1, 400, 16_000])
 def test_silence_is_finite_and_has_no_pitch(samples):
     clip = measure(np.zeros(samples, np.float32))

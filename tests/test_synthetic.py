@@ -193,6 +193,26 @@ def test_another_directory_is_refused_by_name(tmp_path):
     assert contents(tmp_path / "mine") == {"thesis.tex": b"precious"}
 
 
+def test_a_place_that_cannot_be_written_is_a_configuration_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write"):
+        synthetic.write(tmp_path / "file" / "c", SMALL)
+
+
+def test_two_writers_of_one_corpus_both_succeed(tmp_path, monkeypatch):
+    write_alone = synthetic._write
+
+    def meanwhile(root, spec):  # the other process is faster
+        write_alone(root, spec)
+        monkeypatch.setattr(synthetic, "_write", write_alone)
+        monkeypatch.setattr(synthetic.os, "getpid", lambda: -1)
+        synthetic.write(tmp_path / "c", spec)
+
+    monkeypatch.setattr(synthetic, "_write", meanwhile)
+    assert len(synthetic.write(tmp_path / "c", SMALL).utterances) == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
 def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
     heard = []
 

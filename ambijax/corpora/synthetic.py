@@ -216,7 +216,7 @@ def write(root: str | Path, spec: Spec) -> manifest.Corpus:
     """Writes the corpus of `spec` to the directory `root`, whole or not at all; a directory that holds it is returned.
 
     Raises:
-      ConfigError: the directory holds something else.
+      ConfigError: the directory holds something else, or cannot be written.
     """
     root = Path(root)
     record = json.dumps({"generator": GENERATOR, **dataclasses.asdict(spec)}, indent=1) + "\n"
@@ -227,9 +227,9 @@ def write(root: str | Path, spec: Spec) -> manifest.Corpus:
         _write(partial, spec)
         (partial / "spec.json").write_text(record)
         partial.rename(root)
-    except OSError:
+    except OSError as error:
         if not _complete(root, record):  # else another process wrote the same corpus meanwhile
-            raise
+            raise ConfigError(f"cannot write the synthetic corpus to {root}: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest.read(root)
