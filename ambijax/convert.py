@@ -1,283 +1,51 @@
-"""Weights in and out: one name table between a Hugging Face Qwen2-Audio directory and our parameters, used both ways.
+"""A checkpoint's weights into their shards, to a native checkpoint, and back to a Hugging Face directory.
 
     python -m ambijax.convert --checkpoint Qwen2-Audio-7B-Instruct --out base
 
-Three layouts of one checkpoint:
+Training takes either directory; the native one restores faster, because its arrays are stacked and turned already:
 
-    Hugging Face   safetensors, one tensor a layer, matrices [out, in]: language_model.model.layers.3.mlp.up_proj.weight
-    native         one Orbax array a parameter, layers stacked, matrices [in, out]
-    params         the pytree that the model applies, the same arrays: language_model/layers/up_proj/kernel
+    base/native.json     format version, the identity of the weights, the shapes; written last
+    base/params/         an Orbax checkpoint of the pytree 'params', one array a parameter
+    base/config.json     this and the tokenizer's files, as in the original
 
-Reading is strict: every tensor must have a place here and every parameter a tensor, of the right shape. It is streamed:
-a device's shard is filled from just the slices it needs, and the host never holds more than one parameter. Nothing is
-unpickled and torch is not used.
+All is streamed: a shard is filled from just the slices it needs, and the host never holds more than one parameter.
 """
 
+import argparse
+import contextlib
+import hashlib
+import itertools
 import json
-import re
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+import absl.logging
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
+import orbax.checkpoint
+import tensorstore
 import tqdm
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
+from ambijax import errors, hugging_face
 from ambijax.errors import ConfigError
+from ambijax.hugging_face import DTYPES, EMBEDDING, HEAD, Parameter, Tensor, some
 from ambijax.model import qwen2_audio
 
-_VECTOR, _TABLE, _LINEAR, _CONV = (0,), (0, 1), (1, 0), (2, 1, 0)  # our axes as axes of theirs
+FORMAT = 1  # of native.json; raised when an older program could not read what this one writes
 
+_CHUNK = 16 * 2**20  # bytes of a native checkpoint's chunk, at most
 
-class Row(NamedTuple):
-    """One of our parameters, and the tensors that it is made of."""
-
-    path: str  # ours
-    key: str  # theirs, on disk; a {} counts layers, which we stack on a leading axis
-    axes: tuple[int, ...]  # ours = theirs.transpose(axes), the layer axis aside
-
-
-TABLE = (
-    Row("audio_tower/conv1/kernel", "audio_tower.conv1.weight", _CONV),
-    Row("audio_tower/conv1/bias", "audio_tower.conv1.bias", _VECTOR),
-    Row("audio_tower/conv2/kernel", "audio_tower.conv2.weight", _CONV),
-    Row("audio_tower/conv2/bias", "audio_tower.conv2.bias", _VECTOR),
-    Row("audio_tower/embed_positions/embedding", "audio_tower.embed_positions.weight", _TABLE),
-    Row("audio_tower/layers/q_proj/kernel", "audio_tower.layers.{}.self_attn.q_proj.weight", _LINEAR),
-    Row("audio_tower/layers/q_proj/bias", "audio_tower.layers.{}.self_attn.q_proj.bias", _VECTOR),
-    Row("audio_tower/layers/k_proj/kernel", "audio_tower.layers.{}.self_attn.k_proj.weight", _LINEAR),
-    Row("audio_tower/layers/v_proj/kernel", "audio_tower.layers.{}.self_attn.v_proj.weight", _LINEAR),
-    Row("audio_tower/layers/v_proj/bias", "audio_tower.layers.{}.self_attn.v_proj.bias", _VECTOR),
-    Row("audio_tower/layers/out_proj/kernel", "audio_tower.layers.{}.self_attn.out_proj.weight", _LINEAR),
-    Row("audio_tower/layers/out_proj/bias", "audio_tower.layers.{}.self_attn.out_proj.bias", _VECTOR),
-    Row("audio_tower/layers/self_attn_layer_norm/scale", "audio_tower.layers.{}.self_attn_layer_norm.weight", _VECTOR),
-    Row("audio_tower/layers/self_attn_layer_norm/bias", "audio_tower.layers.{}.self_attn_layer_norm.bias", _VECTOR),
-    Row("audio_tower/layers/fc1/kernel", "audio_tower.layers.{}.fc1.weight", _LINEAR),
-    Row("audio_tower/layers/fc1/bias", "audio_tower.layers.{}.fc1.bias", _VECTOR),
-    Row("audio_tower/layers/fc2/kernel", "audio_tower.layers.{}.fc2.weight", _LINEAR),
-    Row("audio_tower/layers/fc2/bias", "audio_tower.layers.{}.fc2.bias", _VECTOR),
-    Row("audio_tower/layers/final_layer_norm/scale", "audio_tower.layers.{}.final_layer_norm.weight", _VECTOR),
-    Row("audio_tower/layers/final_layer_norm/bias", "audio_tower.layers.{}.final_layer_norm.bias", _VECTOR),
-    Row("audio_tower/layer_norm/scale", "audio_tower.layer_norm.weight", _VECTOR),
-    Row("audio_tower/layer_norm/bias", "audio_tower.layer_norm.bias", _VECTOR),
-    Row("multi_modal_projector/kernel", "multi_modal_projector.linear.weight", _LINEAR),
-    Row("multi_modal_projector/bias", "multi_modal_projector.linear.bias", _VECTOR),
-    Row("language_model/embed_tokens/embedding", "language_model.model.embed_tokens.weight", _TABLE),
-    Row(
-        "language_model/layers/input_layernorm/scale", "language_model.model.layers.{}.input_layernorm.weight", _VECTOR
-    ),
-    Row("language_model/layers/q_proj/kernel", "language_model.model.layers.{}.self_attn.q_proj.weight", _LINEAR),
-    Row("language_model/layers/q_proj/bias", "language_model.model.layers.{}.self_attn.q_proj.bias", _VECTOR),
-    Row("language_model/layers/k_proj/kernel", "language_model.model.layers.{}.self_attn.k_proj.weight", _LINEAR),
-    Row("language_model/layers/k_proj/bias", "language_model.model.layers.{}.self_attn.k_proj.bias", _VECTOR),
-    Row("language_model/layers/v_proj/kernel", "language_model.model.layers.{}.self_attn.v_proj.weight", _LINEAR),
-    Row("language_model/layers/v_proj/bias", "language_model.model.layers.{}.self_attn.v_proj.bias", _VECTOR),
-    Row("language_model/layers/o_proj/kernel", "language_model.model.layers.{}.self_attn.o_proj.weight", _LINEAR),
-    Row(
-        "language_model/layers/post_attention_layernorm/scale",
-        "language_model.model.layers.{}.post_attention_layernorm.weight",
-        _VECTOR,
-    ),
-    Row("language_model/layers/gate_proj/kernel", "language_model.model.layers.{}.mlp.gate_proj.weight", _LINEAR),
-    Row("language_model/layers/up_proj/kernel", "language_model.model.layers.{}.mlp.up_proj.weight", _LINEAR),
-    Row("language_model/layers/down_proj/kernel", "language_model.model.layers.{}.mlp.down_proj.weight", _LINEAR),
-    Row("language_model/norm/scale", "language_model.model.norm.weight", _VECTOR),
-    Row("language_model/lm_head", "language_model.lm_head.weight", _LINEAR),
+# What a checkpoint has beside its weights, copied where present.
+_SIDE_FILES = (
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
+    *("special_tokens_map.json", "chat_template.json", "chat_template.jinja"),
 )
-
-# transformers 5 renames in memory; files that were written from such a state dict have these names.
-_NEW_NAMES = (
-    (re.compile(r"^lm_head\."), "language_model.lm_head."),
-    (re.compile(r"^model\.language_model\."), "language_model.model."),
-    (re.compile(r"^model\.(audio_tower|multi_modal_projector)\."), r"\1."),
-)
-
-_DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32)}
-
-_EMBEDDING, _HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
-
-
-class Tensor(NamedTuple):
-    """Where a Hugging Face tensor lies."""
-
-    file: Path
-    key: str  # its name in that file
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors spells it
-
-
-class Parameter(NamedTuple):
-    """A row of the table with the layer count and the shape that a config gives it."""
-
-    row: Row
-    shape: tuple[int, ...]  # ours, layers stacked
-
-    @property
-    def keys(self) -> list[str]:
-        """The on-disk names of its tensors, one a layer."""
-        return [self.row.key.format(i) for i in range(self.shape[0])] if "{}" in self.row.key else [self.row.key]
-
-    @property
-    def tensor_shape(self) -> tuple[int, ...]:
-        """The shape of each of its tensors."""
-        own = self.shape[1:] if "{}" in self.row.key else self.shape
-        return tuple(own[i] for i in np.argsort(self.row.axes))
-
-
-def parameters(model: qwen2_audio.Qwen2Audio) -> list[Parameter]:
-    """The model's base parameters in table order; nothing is allocated."""
-    shapes = flax.traverse_util.flatten_dict(qwen2_audio.shapes(model)["params"], sep="/")
-    found = [Parameter(row, shapes.pop(row.path).shape) for row in TABLE if row.path in shapes]
-    assert not shapes, f"parameters without a row in convert.TABLE: {sorted(shapes)}"
-    return found
-
-
-def _some(names: Iterable[str]) -> str:
-    """'a, b, c and 12 more'."""
-    names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _header(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file by their names in it."""
-    if not path.is_file():
-        raise ConfigError(f"{path} is missing")
-    with path.open("rb") as file:
-        if file.read(23) == b"version https://git-lfs":
-            raise ConfigError(f"{path} is a git-lfs pointer, not weights; fetch them with `git lfs pull`")
-    try:
-        with safe_open(path, "numpy") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-            return {k: Tensor(path, k, tuple(s.get_shape()), s.get_dtype()) for k, s in slices.items()}
-    except SafetensorError as error:
-        size = path.stat().st_size
-        raise ConfigError(f"{path} ({size} bytes) is cut short or not safetensors: {error}; copy it again") from None
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, from a shard index."""
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        if all(Path(name).name == name for name in weight_map.values()):
-            return weight_map
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise ConfigError(f"{index} is not an index: expected a 'weight_map' from tensor names to files beside it")
-
-
-def tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a Hugging Face directory by its on-disk name, new names translated.
-
-    Raises:
-      ConfigError: no safetensors; a shard is missing, cut short or a git-lfs pointer; the index and the shards
-        disagree; a tensor is there twice.
-    """
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if index.is_file() and single.is_file():
-        raise ConfigError(f"{directory} has both {single.name} and {index.name}; remove the one that is not meant")
-    if not index.is_file() and not single.is_file():
-        pickled = sorted(path.name for path in directory.glob("*.bin"))
-        hint = f" ({_some(pickled)} is pickled, which is never read: save it as safetensors)" if pickled else ""
-        raise ConfigError(f"no weights in {directory}: neither {single.name} nor {index.name} is there{hint}")
-    weight_map = _weight_map(index) if index.is_file() else None
-
-    contents, problems = {}, []
-    for name in sorted(set(weight_map.values())) if weight_map else [single.name]:
-        try:
-            contents[name] = _header(directory / name)
-        except ConfigError as error:
-            problems.append(str(error))
-    if problems:
-        raise ConfigError("; ".join(problems))
-    if weight_map is not None:
-        said = set(weight_map.items())
-        held = {(key, name) for name, content in contents.items() for key in content}
-        if wrong := said ^ held:
-            raise ConfigError(
-                f"{index} and its shards disagree about {_some(f'{key} in {name}' for key, name in wrong)}; "
-                "copy the checkpoint again"
-            )
-
-    found = {}
-    for tensor in (tensor for content in contents.values() for tensor in content.values()):
-        key = tensor.key
-        for pattern, replacement in _NEW_NAMES:
-            key = pattern.sub(replacement, key)
-        if key in found:
-            problems.append(f"{found[key].key} in {found[key].file.name} and {tensor.key} in {tensor.file.name}")
-        found[key] = tensor
-    if problems:
-        raise ConfigError(f"{directory}: the same tensor twice: {_some(problems)}")
-    return found
-
-
-def _match(directory: Path, wanted: Sequence[Parameter]) -> dict[str, list[Tensor]]:
-    """Our path -> its tensors in layer order; an error names everything that does not fit."""
-    found = tensors(directory)
-    expected = {key: parameter.tensor_shape for parameter in wanted for key in parameter.keys}
-    problems = []
-    if _HEAD in found and _HEAD not in expected:  # tied, yet stored: fine as long as it says the same
-        if _EMBEDDING in found and _equal(found[_HEAD], found[_EMBEDDING]):
-            del found[_HEAD]
-        else:
-            problems.append(f"tie_word_embeddings is true but {_HEAD} differs from {_EMBEDDING}; set it to false")
-    if unknown := found.keys() - expected.keys():
-        problems.append(f"{len(unknown)} unknown tensors ({_some(found[key].key for key in unknown)})")
-    if missing := expected.keys() - found.keys():
-        problems.append(f"{len(missing)} missing tensors ({_some(missing)})")
-    shared = sorted(found.keys() & expected.keys())
-    if wrong := [key for key in shared if found[key].shape != expected[key]]:
-        shapes = (f"{key} is {list(found[key].shape)}, not {list(expected[key])}" for key in wrong)
-        problems.append(f"{len(wrong)} wrong shapes ({_some(shapes)})")
-    if wrong := [key for key in shared if found[key].dtype not in _DTYPES]:
-        dtypes = (f"{key} is {found[key].dtype}" for key in wrong)
-        problems.append(f"{len(wrong)} unexpected dtypes ({_some(dtypes)}; expected {' or '.join(_DTYPES)})")
-    if problems:
-        raise ConfigError(f"the weights in {directory} do not fit its config.json: {'; '.join(problems)}")
-    return {parameter.row.path: [found[key] for key in parameter.keys] for parameter in wanted}
-
-
-_BLOCK = 64 * 2**20  # bytes
-
-
-def _blocks(tensor: Tensor, window: Sequence[slice]) -> Iterable[tuple[slice, np.ndarray]]:
-    """tensor[window] some rows at a time: (rows of the window, their values).
-
-    The file is opened for every block: what has been read of an open file stays mapped and counts as memory.
-    """
-    start, stop, _ = window[0].indices(tensor.shape[0])
-    step = max(1, _BLOCK // (_DTYPES[tensor.dtype].itemsize * int(np.prod(tensor.shape[1:]))))
-    for row in range(start, stop, step):
-        end = min(row + step, stop)
-        with safe_open(tensor.file, "numpy") as file:
-            yield slice(row - start, end - start), file.get_slice(tensor.key)[(slice(row, end), *window[1:])]
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers."""
-    window = [slice(None)] * len(a.shape)
-    return a.shape == b.shape and all(
-        np.array_equal(x, y) for (_, x), (_, y) in zip(_blocks(a, window), _blocks(b, window), strict=True)
-    )
-
-
-def _read(parameter: Parameter, sources: Sequence[Tensor], index: Sequence[slice], dtype: np.dtype) -> np.ndarray:
-    """parameter[index], layers stacked, from its tensors."""
-    stacked = "{}" in parameter.row.key
-    layers = sources[index[0]] if stacked else sources
-    inverse = np.argsort(parameter.row.axes)  # theirs = ours.transpose(inverse)
-    window = [index[int(stacked) :][i] for i in inverse]
-    lengths = [len(range(n)[s]) for n, s in zip(parameter.shape, index, strict=True)]
-    out = np.empty(lengths, dtype)
-    for layer, source in zip(out if stacked else [out], layers, strict=True):
-        theirs = layer.transpose(inverse)
-        for rows, values in _blocks(source, window):
-            theirs[rows] = values
-    return out
 
 
 def load(
@@ -290,32 +58,253 @@ def load(
     """Reads a checkpoint's weights straight into their shards.
 
     Args:
-      directory: a Hugging Face directory (model.safetensors, or shards with an index).
-      model: fixes which parameters there are and their shapes.
-      dtype: what the parameters shall have; the file's own values are cast.
+      directory: a Hugging Face directory (model.safetensors, or shards with an index), or a native one.
+      model: fixes which parameters there are, and their shapes.
+      dtype: what the parameters shall be; the file's values are cast.
       sharding: our parameter path, 'language_model/layers/q_proj/kernel', to where it lies; None is the first device.
 
     Returns:
-      the 'params' collection. At no time does the host hold more than one (stacked) parameter beside it.
+      the 'params' collection. The host holds at most one (stacked) parameter beside it.
 
     Raises:
       ConfigError: the weights are absent, damaged, or not exactly the model's.
     """
     directory = Path(directory)
-    wanted = parameters(model)
-    sources = _match(directory, wanted)
+    wanted = hugging_face.parameters(model)
+    read = (_native_reader if _is_native(directory) else _hugging_face_reader)(directory, wanted, np.dtype(dtype))
     where = sharding or (lambda path: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     params = {}
-    for parameter in tqdm.tqdm(wanted, "reading weights", unit="parameter", disable=None, leave=False):
-        path = parameter.row.path
-        shards = {}  # several devices may hold the same shard
+    for parameter in tqdm.tqdm(wanted, "weights", disable=None, leave=False):
+        held = {}  # devices that hold the same shard share one copy
 
-        def shard(index: tuple[slice, ...], parameter: Parameter = parameter, shards: dict = shards) -> np.ndarray:
+        def shard(index: tuple[slice, ...], parameter: Parameter = parameter, held: dict = held) -> np.ndarray:
             key = tuple(s.indices(n) for s, n in zip(index, parameter.shape, strict=True))
-            if key not in shards:
-                shards[key] = _read(parameter, sources[parameter.row.path], index, np.dtype(dtype))
-            return shards[key]
+            if key not in held:
+                held[key] = read(parameter, index)
+            return held[key]
 
-        params[path] = jax.make_array_from_callback(parameter.shape, where(path), shard)
-        params[path].block_until_ready()  # so that the host's copy is gone before the next one is read
+        array = jax.make_array_from_callback(parameter.shape, where(parameter.path), shard)
+        params[parameter.path] = array.block_until_ready()  # the host's copy is gone before the next one is read
     return flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+def _hugging_face_reader(directory: Path, wanted: Sequence[Parameter], dtype: np.dtype) -> Callable:
+    sources = hugging_face.match(directory, wanted)
+    return lambda parameter, index: hugging_face.read(parameter, sources[parameter.path], index, dtype)
+
+
+def digest(directory: str | Path) -> str:
+    """The identity of a checkpoint's weights, the same for a Hugging Face directory and its native copy.
+
+    It covers the name, dtype, shape and eight rows of every tensor, under whatever names and in whatever files they are
+    stored. That tells any two trainings apart in a second, without reading gigabytes; it does not find a flipped bit.
+
+    Raises:
+      ConfigError: the directory holds no intact checkpoint.
+    """
+    directory = Path(directory)
+    if _is_native(directory):
+        return _native(directory)["digest"]
+    sha = hashlib.sha256()
+    wanted = hugging_face.parameters_of(directory)
+    sources = hugging_face.match(directory, wanted)
+    for key, tensor in ((key, tensor) for p in wanted for key, tensor in zip(p.keys, sources[p.path], strict=True)):
+        sha.update(f"{key} {tensor.dtype} {tensor.shape}".encode())
+        with safe_open(tensor.file, "numpy") as file:
+            values = file.get_slice(tensor.key)
+            for row in np.unique(np.linspace(0, tensor.shape[0] - 1, 8).astype(int)):
+                sha.update(np.ascontiguousarray(values[row : row + 1]).tobytes())
+    return sha.hexdigest()
+
+
+def _is_native(directory: Path) -> bool:
+    return (directory / "native.json").is_file()
+
+
+def _native(directory: Path) -> dict:
+    about = hugging_face.read_json(directory / "native.json")
+    if about.get("format") != FORMAT or not {"digest", "parameters"} <= about.keys():
+        found = f"{directory}/native.json has format {about.get('format')!r}, this ambijax reads {FORMAT}"
+        raise ConfigError(f"{found}; convert the checkpoint again")
+    return about
+
+
+def _place(directory: Path, path: str) -> dict:
+    """Where Orbax keeps a leaf's array: TensorStore's address of it."""
+    leaf = (directory / "params" / path.replace("/", ".")).absolute()
+    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{leaf}/"}}
+
+
+def _native_reader(directory: Path, wanted: Sequence[Parameter], dtype: np.dtype) -> Callable:
+    held = {path: tuple(shape) for path, shape in _native(directory)["parameters"].items()}
+    expected = {parameter.path: parameter.shape for parameter in wanted}
+    if wrong := {path for path, _ in held.items() ^ expected.items()}:
+        raise ConfigError(f"{directory} does not fit its config.json: {some(wrong)} missing, unknown or of other shape")
+
+    def read(parameter: Parameter, index: Sequence[slice]) -> np.ndarray:
+        try:
+            place = _place(directory, parameter.path) | {"fill_missing_data_reads": False}
+            store = tensorstore.cast(tensorstore.open(place, open=True).result(), dtype)
+            return store[tuple(index)].read().result()
+        except ValueError as error:
+            reason = str(error).splitlines()[0][:200]
+            raise ConfigError(f"{directory}: {parameter.path} is damaged, convert again ({reason})") from None
+
+    return read
+
+
+def convert(checkpoint: str | Path, out: str | Path) -> None:
+    """Writes a Hugging Face checkpoint as a native one; `out` appears when it is complete.
+
+    Raises:
+      ConfigError: the checkpoint is absent, damaged or of another model, or `out` cannot be written.
+    """
+    checkpoint, out = Path(checkpoint), Path(out)
+    if _is_native(checkpoint):
+        raise ConfigError(f"{checkpoint} is a native checkpoint already")
+    wanted = hugging_face.parameters_of(checkpoint)
+    sources = hugging_face.match(checkpoint, wanted)
+    sizes = {p.path: int(np.prod(p.shape)) * DTYPES[sources[p.path][0].dtype].itemsize for p in wanted}
+    with _new_directory(out, sum(sizes.values())) as partial:
+        _copy_side_files(checkpoint, partial)
+        # Orbax's own save holds three copies of an array (2.9 GB each at 7B). So it writes the tree with stubs for
+        # leaves, and TensorStore, the library under it, replaces them piece by piece.
+        stubs = flax.traverse_util.unflatten_dict({parameter.path: np.zeros(1) for parameter in wanted}, sep="/")
+        with orbax.checkpoint.PyTreeCheckpointer(use_ocdbt=False, use_zarr3=True) as checkpointer:
+            checkpointer.save(partial.absolute() / "params", stubs)
+        with tqdm.tqdm(desc="converting", total=sum(sizes.values()), unit="B", unit_scale=True, disable=None) as bar:
+            for parameter in wanted:
+                _write_native(partial, parameter, sources[parameter.path])
+                bar.update(sizes[parameter.path])
+        shapes = {parameter.path: parameter.shape for parameter in wanted}
+        about = {"format": FORMAT, "digest": digest(checkpoint), "parameters": shapes}
+        (partial / "native.json").write_text(json.dumps(about, indent=1))
+
+
+def _write_native(directory: Path, parameter: Parameter, sources: Sequence[Tensor]) -> None:
+    """One parameter into its place in a native checkpoint, some chunks at a time."""
+    dtype = DTYPES[sources[0].dtype]
+    # Chunks are halved over layers first, then over the longest axis: so a shard reads little that it does not need.
+    chunk = list(parameter.shape)
+    while np.prod(chunk) * dtype.itemsize > _CHUNK:
+        axis = 0 if parameter.stacked and chunk[0] > 1 else int(np.argmax(chunk))
+        chunk[axis] = -(-chunk[axis] // 2)
+    codecs = [
+        {"name": "bytes", "configuration": {"endian": "little"}},
+        {"name": "zstd", "configuration": {"level": 1}},
+        {"name": "crc32c"},  # a flipped bit is an error on reading; Orbax by itself would not see it
+    ]
+    grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
+    metadata = {"shape": parameter.shape, "data_type": dtype.name, "chunk_grid": grid, "codecs": codecs}
+    place = _place(directory, parameter.path) | {"metadata": metadata, "store_data_equal_to_fill_value": True}
+    store = tensorstore.open(place, create=True, delete_existing=True).result()
+
+    # Whole chunks, cut only over layers and along the rows of the Hugging Face tensors, where their bytes are adjacent.
+    rows = parameter.stacked + parameter.inverse[0]
+    steps = [c if axis == rows or axis < parameter.stacked else parameter.shape[axis] for axis, c in enumerate(chunk)]
+    starts = (range(0, n, step) for n, step in zip(parameter.shape, steps, strict=True))
+    for corner in itertools.product(*starts):
+        index = tuple(slice(a, min(a + step, n)) for a, step, n in zip(corner, steps, parameter.shape, strict=True))
+        store[index].write(hugging_face.read(parameter, sources, index, dtype)).result()
+
+
+@contextlib.contextmanager
+def _new_directory(out: Path, need: int) -> Iterator[Path]:
+    """Yields a directory that becomes `out` when all is written, and goes when something fails."""
+    if out.exists():
+        raise ConfigError(f"{out} already exists; remove it or choose another name")
+    partial = out.with_name(out.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # a killed run's
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+        if need > free:
+            raise ConfigError(f"{out} may need {need:,} bytes, and {free:,} are free there")
+        yield partial
+        partial.rename(out)
+    except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+        raise ConfigError(f"cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copy_side_files(source: Path, out: Path) -> None:
+    for name in _SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
+def save_hugging_face(
+    params: dict, source: str | Path, out: str | Path, *, dtype: jnp.dtype, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """The way back: writes parameters as a Hugging Face checkpoint that transformers loads, under its on-disk names.
+
+    Args:
+      params: the 'params' collection, all of it addressable from this process.
+      source: a checkpoint directory of the same model; its config and tokenizer files are copied.
+      out: the directory to write, which may be `source` while that has no weights. Weights appear when complete.
+      dtype: bfloat16 or float32.
+      max_shard_bytes: larger weights are cut into shards with an index. The host holds one shard.
+
+    Raises:
+      ConfigError: the parameters are not those of the source's config, or there are weights in `out`.
+    """
+    source, out, dtype = Path(source), Path(out), np.dtype(dtype)
+    wanted = hugging_face.parameters_of(source)
+    held = flax.traverse_util.flatten_dict(params, sep="/")
+    if wrong := {(path, value.shape) for path, value in held.items()} ^ {(p.path, p.shape) for p in wanted}:
+        raise ConfigError(f"the parameters do not fit {source}/config.json: {some({path for path, _ in wrong})}")
+    kinds = ("*.safetensors", "*.safetensors.index.json", "native.json")
+    if weights := [path.name for kind in kinds for path in out.glob(kind)]:
+        raise ConfigError(f"{out} already has weights ({some(weights)}); remove them or choose another directory")
+    tensors = {key: (parameter, layer) for parameter in wanted for layer, key in enumerate(parameter.keys)}
+    if HEAD not in tensors:  # the config ties it; transformers 5 does not tie this model, so it is spelled out
+        tensors[HEAD] = tensors[EMBEDDING]
+    shards = _shards({key: parameter.size * dtype.itemsize for key, (parameter, _) in tensors.items()}, max_shard_bytes)
+
+    out.mkdir(parents=True, exist_ok=True)
+    if out.resolve() != source.resolve():
+        _copy_side_files(source, out)
+    raw = hugging_face.read_json(source / "config.json") | {"dtype": dtype.name, "torch_dtype": dtype.name}
+    (out / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    for name, keys in tqdm.tqdm(shards.items(), "shards", disable=None, leave=False):
+        values = {}
+        for key in keys:
+            parameter, layer = tensors[key]
+            value = held[parameter.path][layer] if parameter.stacked else held[parameter.path]
+            values[key] = np.ascontiguousarray(np.asarray(value).transpose(parameter.inverse).astype(dtype))
+        save_file(values, out / f"{name}.partial", metadata={"format": "pt"})
+        (out / f"{name}.partial").rename(out / name)
+    if len(shards) > 1:
+        size = sum(parameter.size for parameter, _ in tensors.values()) * dtype.itemsize
+        weight_map = {key: name for name, keys in shards.items() for key in keys}
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
+    """File name -> tensors, in order, none over `limit` bytes unless a single tensor is."""
+    shards, size = [[]], 0
+    for key, own in sizes.items():
+        if shards[-1] and size + own > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(key)
+        size += own
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": keys for i, keys in enumerate(shards, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m ambijax.convert", description="Hugging Face to native checkpoint.")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="directory with config.json and safetensors")
+    parser.add_argument("--out", type=Path, required=True, help="the native directory to write")
+    args = parser.parse_args()
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns that there is nothing to merge
+    convert(args.checkpoint, args.out)
+    print(f"{args.out} holds weights {digest(args.out)}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -272,7 +272,7 @@ def test_short_window_equals_the_full_window(long):
 
 
 def test_batch_of_one_equals_batch_of_eight(grouped):
-    batch = make_batch(grouped, (37, 102, 61, 24, 80, 9, 55, 70), "right")
+    batch = make_batch(grouped, (37, 102, 61, 24, 80, 9, 55, 70), "left")
     together, _ = grouped.forward(batch)
     for i in (1, 5):
         valid = batch.mask[i]
