@@ -9,8 +9,9 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
+import tqdm
 
-from ambijax import audio, manifest
+from ambijax import audio, manifest, reasoning
 from ambijax.errors import ConfigError
 from ambijax.prompt import Vocabulary, encode_gold, encode_prompt
 from ambijax.structs import Batch, Completions, Prompt
@@ -175,7 +176,8 @@ def build(
       sounds: utterance id -> sound.
       vocabulary: the checkpoint's tokenizer, its ids and the K class names.
       windows: declared mel lengths.
-      max_tokens: completion length T; a longer gold trajectory counts as having no chain of thought.
+      max_tokens: completion length T. An utterance whose chain of thought is longer, or breaks the format, is kept
+        for its votes alone; how many these are is said.
       cot: whether the model reasons before it answers.
       gold_label: class word of the gold trajectory: 'argmax' of the votes, or 'sample' from them.
       seed: for 'sample'.
@@ -193,6 +195,12 @@ def build(
             label = vocabulary.labels[int(p.argmax()) if gold_label == "argmax" else drawn]
             examples[name].append(_example(u, sounds[u.id].tokens, p, label, vocabulary, cot, max_tokens))
         first += len(utterances)
+    curated = [(u, e) for n in splits for u, e in zip(splits[n], examples[n], strict=True) if cot and u.cot]
+    if unfit := [u.id for u, e in curated if not e.reasoned]:
+        tqdm.tqdm.write(
+            f"{len(unfit)} of {len(curated)} chains of thought break the format or exceed data.max_tokens={max_tokens};"
+            f" these utterances are kept for the read-out alone: {', '.join(unfit[:3])}"
+        )
     text = max(len(e.prompt) - sounds[u.id].tokens for n in splits for u, e in zip(splits[n], examples[n], strict=True))
     firsts = np.cumsum([0, *map(len, splits.values())])
     return {
@@ -223,8 +231,7 @@ def _example(
 ) -> Example:
     prompt = encode_prompt(vocabulary, utterance.transcript, audio_tokens, cot=cot)
     gold, anchor = encode_gold(vocabulary, utterance.cot if cot else "", label)
-    reasoned = bool(utterance.cot) or not cot
-    if len(gold) > max_tokens:
+    reasoned = not cot or (not reasoning.problems(utterance.cot) and len(gold) <= max_tokens)
+    if not reasoned:
         gold, anchor = encode_gold(vocabulary, "", label)
-        reasoned = False
     return Example(np.array(prompt, np.int32), np.array(gold, np.int32), anchor, p, reasoned)

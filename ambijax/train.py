@@ -22,7 +22,7 @@ import optax
 import tqdm
 from ml_collections import FrozenConfigDict
 
-from ambijax import assemble, checkpoint, errors, evaluate, optim, settings, sharding
+from ambijax import assemble, checkpoint, convert, errors, evaluate, optim, settings, sharding
 from ambijax.algorithms import ALGORITHMS, Setting
 from ambijax.data import Dataset
 from ambijax.structs import TrainState
@@ -43,10 +43,16 @@ def train(config: FrozenConfigDict, workdir: Path) -> None:
         variables = {"params": params, "lora": assemble.adapters(setting)}
         state, frozen, optimizer = start(config, variables)
         del variables, params  # what is trained now belongs to `state`, whose memory every update reuses
-        if restored := saved.restore(state, identity(config)):
+        meta = identity(config)
+        if restored := saved.restore(state, meta):
             state = restored[1]
             tqdm.tqdm.write(f"resumed {workdir} at step {restored[0]}")
-        state = loop(setting, sets["train"], state, frozen, optimizer, saved, workdir)
+
+        def save(step: int, state: TrainState) -> None:
+            saved.save(step, state, meta, metric=None)
+
+        state = loop(setting, sets["train"], state, frozen, optimizer, save, workdir)
+        saved.wait()
         print(report(setting, optim.merge(state.trained, frozen), sets, workdir))
 
 
@@ -75,7 +81,7 @@ def loop(
     state: TrainState,
     frozen: dict,
     optimizer: optax.GradientTransformation,
-    saved: checkpoint.Checkpoints,
+    save: Callable[[int, TrainState], None],
     workdir: Path,
 ) -> TrainState:
     """Trains from `state.step` to `config.steps`.
@@ -106,9 +112,8 @@ def loop(
                 log.metrics(step, values | {"seconds": seconds, "clips_per_second": config.data.batch_size / seconds})
                 bar.set_postfix({name.split("/")[-1]: f"{values[name]:.3f}" for name in SHOWN if name in values})
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps or signals.leave:
-                saved.save(step + 1, state, identity(config), metric=None)
+                save(step + 1, state)
             if signals.leave:
-                saved.wait()
                 raise errors.Preempted(f"stopped after step {step + 1}; the same command resumes {workdir}")
     return state
 
@@ -165,7 +170,9 @@ def identity(config: FrozenConfigDict) -> dict:
     """What must not change between the parts of a run."""
     keep = ("algorithm", "seed", "steps", "lora", "optim", "data", "loss")
     whole = config.to_dict()
-    return {key: whole[key] for key in keep} | {"dtype": config.model.dtype}
+    del whole["data"]["root"]  # a corpus may move
+    base = convert.digest(config.model.checkpoint)
+    return {key: whole[key] for key in keep} | {"dtype": config.model.dtype, "base": base}
 
 
 def environment() -> dict:

@@ -13,8 +13,8 @@ from configs import sft
 
 def get_config(corpus: str = "tiny") -> ConfigDict:
     c = sft.get_config(corpus)
-    c.steps = 2400
-    c.data.batch_size = 32
+    c.steps = 2200
+    c.data.batch_size = 16
     c.data.speakers = 100
     c.data.clips_per_speaker = 40
     c.data.seed = 7  # other speakers than those of the experiments
@@ -24,8 +24,7 @@ def get_config(corpus: str = "tiny") -> ConfigDict:
     c.optim.train = ("params/.*",)
     c.optim.learning_rate = 1.5e-3
     c.optim.weight_decay = 0.01
-    c.model.remat = "everything_saveable"
-    c.eval.max_clips = 200
+    c.eval.max_clips = 160
     c.checkpoint.every = 400
     c.log_every = 20
     return c

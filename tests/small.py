@@ -1,0 +1,69 @@
+"""A Qwen2-Audio of a few thousand random parameters, and prompts for it, for tests of everything above the model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ambijax.model import config as model_config
+from ambijax.model import qwen2_audio
+from ambijax.policy import Tokens
+from ambijax.structs import Completions, Prompt
+
+VOCABULARY = 64
+AUDIO = 60
+TOKENS = Tokens(end=1, pad=0, classes=(10, 11, 12), anchor=(5, 6), forced=(4, 5, 6), newline=4)
+ENDS_LINE = np.isin(np.arange(VOCABULARY), [4, 7])
+
+
+def model(*, dropout: float = 0.0, dtype: str = "float32") -> qwen2_audio.Qwen2Audio:
+    """Grouped key-value heads, three layers; wide enough to shard eight ways."""
+    shape = model_config.Qwen2AudioConfig(
+        audio=model_config.AudioConfig(
+            num_mel_bins=8, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=32, d_model=16
+        ),
+        text=model_config.TextConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=8,
+        ),
+        audio_token=AUDIO,
+    )
+    lora = model_config.LoraConfig(rank=4, alpha=8.0, dropout=dropout, audio_tower=False)
+    return qwen2_audio.Qwen2Audio(shape, lora, jnp.dtype(dtype), "nothing_saveable")
+
+
+def variables(m: qwen2_audio.Qwen2Audio, seed: int = 0) -> dict:
+    """Random weights large enough that logits differ, and adapters that do something."""
+    made = jax.jit(lambda key: qwen2_audio.init(m, key))(jax.random.key(seed))
+    scaled = jax.tree.map(lambda x: 6.0 * x if x.ndim > 1 and x.shape[-1] != 4 else x, made)
+    keys = iter(jax.random.split(jax.random.key(seed + 1), 100))
+    lora = jax.tree.map(lambda x: 0.2 * jax.random.normal(next(keys), x.shape), made["lora"])
+    return {"params": scaled["params"], "lora": lora}
+
+
+def prompts(b: int, seed: int = 0) -> Prompt:
+    """Prompts of different lengths, each with audio, padded on the right."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(8, 13, b)
+    tokens = rng.integers(8, 50, (b, 12))
+    tokens[:, 2:5] = AUDIO
+    tokens[np.arange(b), lengths - 1] = TOKENS.newline
+    mask = np.arange(12) < lengths[:, None]
+    return Prompt(
+        tokens=np.where(mask, tokens, TOKENS.pad).astype(np.int32),
+        mask=mask,
+        example=np.arange(b, dtype=np.int32),
+        audio=rng.normal(size=(b, 4, 32)).astype(np.float32),
+    )
+
+
+def completions(b: int, g: int, t: int, seed: int = 0) -> Completions:
+    """Random completions of different lengths with an anchor somewhere."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(t // 2, t + 1, (b, g))
+    tokens = rng.integers(8, 50, (b, g, t)).astype(np.int32)
+    return Completions(tokens=tokens, mask=np.arange(t) < lengths[..., None], anchor=(lengths - 3).astype(np.int32))

@@ -1,0 +1,78 @@
+"""A module imports only from rows above its own: the package reads in the order in which a clip travels."""
+
+import ast
+from pathlib import Path
+
+import ambijax
+
+PACKAGE = Path(ambijax.__file__).parent
+
+# One row a layer; within a row modules may not import each other.
+LAYERS = [
+    ["errors"],
+    ["emotions", "workdir", "digest"],
+    ["audio", "reasoning"],
+    ["acoustics", "structs", "sharding", "losses", "metrics", "manifest"],
+    ["optim", "prompt", "teacher", "rewards", "readout"],
+    ["corpora.talker", "corpora.release"],
+    ["corpora.cremad", "corpora.iemocap", "corpora.own", "corpora.synthetic"],
+    ["model.config"],
+    ["model.layers"],
+    ["model.encoder", "model.decoder"],
+    ["model.qwen2_audio"],
+    ["hugging_face"],
+    ["convert", "checkpoint", "policy", "data"],
+    ["features", "algorithms", "settings"],
+    ["assemble"],
+    ["evaluate"],
+    ["train", "predict", "prepare", "curate", "tiny.make"],
+]
+ROW = {name: i for i, row in enumerate(LAYERS) for name in row}
+
+
+def _name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def _imported(path: Path) -> set[str]:
+    """Modules of the package that a file imports, also inside functions, as 'corpora.cremad'."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    names = {name.removeprefix("ambijax.") for name in found if name.startswith("ambijax.")}
+    return {n for n in names if (PACKAGE / (n.replace(".", "/") + ".py")).exists()}
+
+
+def _modules() -> list[Path]:
+    return [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+
+
+def test_every_module_has_a_layer():
+    missing = {_name(path) for path in _modules()} - ROW.keys()
+    assert not {name for name in missing if not name.startswith("curation.")}
+
+
+def test_imports_go_up():
+    wrong = [
+        f"{_name(path)} imports {other}"
+        for path in _modules()
+        for other in _imported(path)
+        if _name(path) in ROW and other in ROW and ROW[other] >= ROW[_name(path)]
+    ]
+    assert not wrong
+
+
+def test_the_walk_sees_imports():
+    # Without this, a parser that finds nothing would make the test above pass.
+    assert {"assemble", "settings", "algorithms"} <= _imported(PACKAGE / "train.py")
+
+
+def test_no_pickle_and_no_remote_code():
+    for path in _modules():
+        text = path.read_text()
+        assert "import pickle" not in text, path
+        assert "trust_remote_code" not in text, path
+        assert "allow_pickle=True" not in text, path

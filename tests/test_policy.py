@@ -1,0 +1,253 @@
+"""Sampling, scoring and read-out against each other and against one plain forward pass."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from ambijax import policy
+from tests import small
+
+N = 10  # completion length
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small.model()
+
+
+@pytest.fixture(scope="module")
+def variables(model):
+    return small.variables(model)
+
+
+def _rollout(model, variables, prompt, *, samples, temperature, tokens=small.TOKENS, seed=0):
+    return policy.rollout(
+        model,
+        variables,
+        prompt,
+        jax.random.key(seed),
+        small.ENDS_LINE,
+        tokens=tokens,
+        samples=samples,
+        max_tokens=N,
+        temperature=temperature,
+    )
+
+
+def _score(model, variables, prompt, completions, *, chunk=4, temperature=1.0):
+    return policy.score(
+        model,
+        variables,
+        prompt,
+        completions,
+        class_ids=small.TOKENS.classes,
+        temperature=temperature,
+        chunk=chunk,
+        rngs={},
+    )
+
+
+def _plain_logits(model, variables, prompt, row, completion):
+    """Logits that predict each completion token, from one unpadded sequence without groups, caches or slices."""
+    length = int(prompt.mask[row].sum())
+    tokens = np.concatenate([prompt.tokens[row, :length], completion])[None]
+    audio = prompt.audio[row : row + 1]
+    hidden, _ = model.apply(variables, tokens, np.ones_like(tokens, bool), audio, method="prefill")
+    return np.asarray(hidden[0, length - 1 :] @ model.apply(variables, method="head"), np.float64)
+
+
+def test_score_equals_a_plain_forward_pass(model, variables):
+    prompt, given = small.prompts(3), small.completions(3, 4, N)
+    scores = _score(model, variables, prompt, given)
+    for b in range(3):
+        for g in range(4):
+            length = int(given.mask[b, g].sum())
+            completion = given.tokens[b, g, :length]
+            logits = _plain_logits(model, variables, prompt, b, completion)
+            expected = scipy.special.log_softmax(logits, axis=-1)[np.arange(length), completion]
+            np.testing.assert_allclose(scores.logp[b, g, :length], expected, atol=1e-4)
+            assert not np.any(scores.logp[b, g, length:])
+            after_anchor = logits[given.anchor[b, g] + 1]
+            np.testing.assert_allclose(scores.readout[b, g], after_anchor[list(small.TOKENS.classes)], atol=1e-4)
+
+
+def test_temperature_divides_the_logits(model, variables):
+    prompt, given = small.prompts(1), small.completions(1, 1, N)
+    scores = _score(model, variables, prompt, given, temperature=2.0)
+    length = int(given.mask[0, 0].sum())
+    logits = _plain_logits(model, variables, prompt, 0, given.tokens[0, 0, :length])
+    expected = scipy.special.log_softmax(logits / 2, axis=-1)[np.arange(length), given.tokens[0, 0, :length]]
+    np.testing.assert_allclose(scores.logp[0, 0, :length], expected, atol=1e-4)
+
+
+def test_chunking_changes_nothing(model, variables):
+    prompt, given = small.prompts(2), small.completions(2, 3, N)
+    whole, sliced = (_score(model, variables, prompt, given, chunk=c) for c in (N, 3))
+    np.testing.assert_allclose(whole.logp, sliced.logp, atol=1e-5)
+    np.testing.assert_allclose(whole.entropy, sliced.entropy, atol=1e-5)
+
+
+def test_sampled_log_probabilities_equal_teacher_forced_ones(model, variables):
+    # Otherwise GRPO's ratio would not be one at its first update.
+    prompt = small.prompts(3)
+    rolled = _rollout(model, variables, prompt, samples=4, temperature=1.0)
+    scores = _score(model, variables, prompt, rolled.completions)
+    assert rolled.completions.mask.sum() > 60  # the samples are not all empty
+    np.testing.assert_allclose(np.where(rolled.completions.mask, rolled.logp, 0), scores.logp, atol=1e-4)
+
+
+def test_greedy_takes_the_most_likely_token(model, variables):
+    prompt = small.prompts(2)
+    rolled = _rollout(model, variables, prompt, samples=1, temperature=0.0)
+    for b in range(2):
+        length = int(rolled.completions.mask[b, 0].sum())
+        completion = np.asarray(rolled.completions.tokens[b, 0, :length])
+        logits = _plain_logits(model, variables, prompt, b, completion)
+        np.testing.assert_array_equal(logits[:length].argmax(-1), completion)
+
+
+def test_a_completion_depends_on_its_seed_example_and_sample_only(model, variables):
+    prompt = small.prompts(4)
+    four = _rollout(model, variables, prompt, samples=4, temperature=1.0)
+    two = _rollout(model, variables, jax.tree.map(lambda x: x[1:3], prompt), samples=2, temperature=1.0)
+    np.testing.assert_array_equal(four.completions.tokens[1:3, :2], two.completions.tokens)
+    np.testing.assert_allclose(four.readout[1:3, :2], two.readout, atol=1e-4)
+    # One key for every roll-out would repeat the first completion.
+    assert len({tuple(row) for row in np.asarray(four.completions.tokens).reshape(16, N)}) == 16
+    other = _rollout(model, variables, prompt, samples=4, temperature=1.0, seed=1)
+    assert not np.array_equal(other.completions.tokens, four.completions.tokens)
+
+
+def test_samples_follow_the_distribution(model, variables):
+    # Chi-square of the first token of 4,000 samples against the model's own probabilities.
+    prompt = small.prompts(1)
+    rolled = _rollout(model, variables, prompt, samples=4000, temperature=4.0)
+    logits = _plain_logits(model, variables, prompt, 0, np.zeros(0, np.int32))[0] / 4
+    expected = scipy.special.softmax(logits) * 4000
+    counts = np.bincount(np.asarray(rolled.completions.tokens[0, :, 0]), minlength=small.VOCABULARY)
+    common = expected > 5
+    assert common.sum() > 5  # the model is not certain of one token
+    observed = np.append(counts[common], counts[~common].sum())
+    wanted = np.append(expected[common], expected[~common].sum())
+    assert scipy.stats.chisquare(observed + 0.0, wanted).pvalue > 1e-3
+
+
+def test_mask_ends_with_the_end_token(model, variables):
+    rolled = _rollout(model, variables, small.prompts(4), samples=64, temperature=1.0)
+    tokens, mask = np.asarray(rolled.completions.tokens), np.asarray(rolled.completions.mask)
+    assert 0 < rolled.ended.sum() < rolled.ended.size  # both kinds occur
+    for row, valid, ended in zip(tokens.reshape(-1, N), mask.reshape(-1, N), np.ravel(rolled.ended), strict=True):
+        ends = np.flatnonzero(row == small.TOKENS.end)
+        assert ended == (len(ends) > 0)
+        length = ends[0] + 1 if ended else N
+        np.testing.assert_array_equal(valid, np.arange(N) < length)
+        assert np.all(row[length:] == small.TOKENS.pad)
+
+
+def _likely_anchor(model, variables, prompt):
+    """Tokens whose anchor is what the model says greedily after its second token, so that anchors occur."""
+    rolled = _rollout(model, variables, prompt, samples=1, temperature=0.0)
+    said = tuple(np.asarray(rolled.completions.tokens[0, 0, 2:4]).tolist())
+    return dataclasses.replace(small.TOKENS, anchor=said), int(rolled.completions.tokens[0, 0, 1])
+
+
+def test_own_read_out_equals_the_teacher_forced_one(model, variables):
+    prompt = small.prompts(3)
+    tokens, before = _likely_anchor(model, variables, prompt)
+    ends_line = np.arange(small.VOCABULARY) == before
+    rolled = policy.rollout(
+        model,
+        variables,
+        prompt,
+        jax.random.key(0),
+        ends_line,
+        tokens=tokens,
+        samples=1,
+        max_tokens=N,
+        temperature=0.0,
+    )
+    assert not rolled.forced[0, 0]
+    assert rolled.completions.anchor[0, 0] == 3
+    scores = _score(model, variables, prompt, rolled.completions)
+    own = ~np.asarray(rolled.forced)
+    np.testing.assert_allclose(rolled.readout[own], scores.readout[own], atol=1e-4)
+
+
+def test_an_anchor_inside_a_line_is_none(model, variables):
+    prompt = small.prompts(1)
+    tokens, _ = _likely_anchor(model, variables, prompt)
+    rolled = policy.rollout(
+        model,
+        variables,
+        prompt,
+        jax.random.key(0),
+        np.zeros(small.VOCABULARY, bool),
+        tokens=tokens,
+        samples=1,
+        max_tokens=N,
+        temperature=0.0,
+    )
+    assert rolled.forced[0, 0]
+
+
+def test_an_anchor_in_the_last_slot_is_read_out(model, variables):
+    prompt = small.prompts(1)
+    tokens, before = _likely_anchor(model, variables, prompt)
+    rolled = policy.rollout(
+        model,
+        variables,
+        prompt,
+        jax.random.key(0),
+        np.arange(small.VOCABULARY) == before,
+        tokens=tokens,
+        samples=1,
+        max_tokens=4,
+        temperature=0.0,
+    )
+    assert not rolled.forced[0, 0]
+    logits = _plain_logits(model, variables, prompt, 0, np.asarray(rolled.completions.tokens[0, 0]))
+    np.testing.assert_allclose(rolled.readout[0, 0], logits[4, list(tokens.classes)], atol=1e-4)
+
+
+def test_forced_read_out_follows_the_completion_without_its_end(model, variables):
+    prompt = small.prompts(4)
+    rolled = _rollout(model, variables, prompt, samples=8, temperature=1.0)
+    assert rolled.forced.all()
+    assert rolled.ended.any()
+    assert not rolled.ended.all()
+    for b in range(4):
+        for g in range(8):
+            length = int(rolled.completions.mask[b, g].sum()) - int(rolled.ended[b, g])
+            said = np.asarray(rolled.completions.tokens[b, g, :length])
+            logits = _plain_logits(model, variables, prompt, b, np.append(said, small.TOKENS.forced))
+            np.testing.assert_allclose(rolled.readout[b, g], logits[-1, list(small.TOKENS.classes)], atol=1e-4)
+
+
+def test_without_adapters_it_is_the_base_model(model, variables):
+    prompt, given = small.prompts(2), small.completions(2, 2, N)
+    base = _score(model, {"params": variables["params"]}, prompt, given)
+    zero = jax.tree.map(jnp.zeros_like, variables["lora"])
+    same = _score(model, {"params": variables["params"], "lora": zero}, prompt, given)
+    np.testing.assert_array_equal(base.logp, same.logp)
+    assert not np.allclose(base.logp, _score(model, variables, prompt, given).logp, atol=1e-3)
+
+
+def test_swapped_audio_changes_the_read_out(model, variables):
+    prompt, given = small.prompts(2), small.completions(2, 2, N)
+    swapped = prompt.replace(audio=prompt.audio[::-1])
+    a, b = (_score(model, variables, p, given).readout for p in (prompt, swapped))
+    assert np.abs(a - b).max() > 1e-2
+
+
+def test_each_row_hears_its_own_clip(model, variables):
+    # A peer tiles the audio but repeats the masks row by row: with two prompts, clips and prompts are mispaired.
+    prompt, given = small.prompts(2), small.completions(2, 3, N)
+    both = _score(model, variables, prompt, given)
+    for b in range(2):
+        alone = _score(model, variables, *jax.tree.map(lambda x, b=b: x[b : b + 1], (prompt, given)))
+        np.testing.assert_allclose(both.logp[b], alone.logp[0], atol=1e-4)
+        np.testing.assert_allclose(both.readout[b], alone.readout[0], atol=1e-4)

@@ -1,0 +1,167 @@
+"""Every mesh gives what one device gives: losses, gradients and sampled tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ambijax import losses, optim, policy, sharding
+from ambijax.errors import ConfigError
+from tests import small
+
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2)]
+B, G, T = 8, 3, 6
+
+
+def _mesh(shape: tuple[int, int, int]) -> Mesh:
+    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
+    return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _run(shape: tuple[int, int, int]) -> dict:
+    """Loss, adapter gradients and roll-outs of the small model on one mesh, as numpy."""
+    model = small.model()
+    mesh = _mesh(shape)
+    variables = small.variables(model)
+    variables = jax.device_put(variables, sharding.shardings(variables, mesh))
+    with jax.set_mesh(mesh):
+        prompt = sharding.place(small.prompts(B), mesh)
+        given = sharding.place(small.completions(B, G, T), mesh)
+
+        def loss(lora: dict) -> jax.Array:
+            both = {"params": variables["params"], "lora": lora}
+            scores = policy.score(
+                model, both, prompt, given, class_ids=small.TOKENS.classes, temperature=1.0, chunk=4, rngs={}
+            )
+            p = jnp.broadcast_to(jnp.array([0.2, 0.5, 0.3]), scores.readout.shape)
+            kl = losses.soft_label_kl(p, scores.readout)
+            return (losses.cross_entropy(scores.logp, given.mask) + kl).mean()
+
+        value, gradients = jax.jit(jax.value_and_grad(loss))(variables["lora"])
+        rolled = policy.rollout(
+            model,
+            variables,
+            prompt,
+            jax.random.key(0),
+            small.ENDS_LINE,
+            tokens=small.TOKENS,
+            samples=G,
+            max_tokens=T,
+            temperature=1.0,
+        )
+        found = {"loss": value, "gradients": gradients, "tokens": rolled.completions.tokens, "readout": rolled.readout}
+    return jax.tree.map(np.asarray, found)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return _run((1, 1, 1))
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_meshes_agree_with_one_device(shape, one_device):
+    found = _run(shape)
+    np.testing.assert_allclose(found["loss"], one_device["loss"], rtol=1e-5)
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(one_device["gradients"]))
+    for a, b in zip(*map(jax.tree.leaves, (found["gradients"], one_device["gradients"])), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * largest)
+    np.testing.assert_array_equal(found["tokens"], one_device["tokens"])
+    np.testing.assert_allclose(found["readout"], one_device["readout"], atol=1e-4)
+
+
+def test_large_matrices_are_split_over_fsdp_and_tensor():
+    variables = small.variables(small.model())
+    mesh = _mesh((1, 2, 4))
+    for path, array in zip(
+        jax.tree.leaves(sharding.paths(variables["params"])),
+        jax.tree.leaves(jax.device_put(variables, sharding.shardings(variables, mesh))["params"]),
+        strict=True,
+    ):
+        if "language_model/layers" in path and path.endswith("kernel"):
+            assert array.addressable_shards[0].data.size * 8 == array.size, path
+        if "lm_head" in path or "embed_tokens" in path:
+            assert array.addressable_shards[0].data.size * 8 == array.size, path
+
+
+def test_adapters_and_their_moments_follow_their_matrix():
+    assert sharding.parameter("params/language_model/layers/q_proj/kernel") == PartitionSpec(None, "fsdp", "tensor")
+    assert sharding.parameter("lora/language_model/layers/q_proj/a") == PartitionSpec(None, "fsdp", None)
+    assert sharding.parameter("optimizer/0/mu/lora/language_model/layers/q_proj/b") == PartitionSpec(
+        None, None, "tensor"
+    )
+    assert sharding.parameter("step") == PartitionSpec()
+
+
+def test_place_and_fetch_are_inverse():
+    mesh = _mesh((4, 2, 1))
+    rows = np.arange(16.0).reshape(8, 2)
+    placed = sharding.place(rows, mesh)
+    assert placed.sharding == NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    np.testing.assert_array_equal(sharding.fetch(placed), rows)
+
+
+def test_a_mesh_that_is_not_the_devices_is_refused():
+    with pytest.raises(ConfigError, match=r"mesh.data=3 x mesh.fsdp=1 x mesh.tensor=1 does not make 8 devices"):
+        sharding.make_mesh(3, 1, 1)
+    with pytest.raises(ConfigError, match="does not make 8 devices"):
+        sharding.make_mesh(4, 1, 1)  # fewer than there are
+    with pytest.raises(ConfigError, match="does not make 8 devices"):
+        sharding.make_mesh(-1, -1, 1)
+    assert dict(sharding.make_mesh(-1, 2, 1).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+
+
+def test_what_does_not_divide_names_the_key_and_what_would():
+    mesh = _mesh((2, 2, 2))
+    sizes = {"heads": 8, "kv_heads": 3, "hidden": 33, "mlp": 64, "vocab": 64}
+    found = sharding.check(mesh, batch=6, **sizes)
+    assert found[0] == "data.batch_size=6 is not a multiple of mesh.data x mesh.fsdp = 4; try 4 or 8"
+    assert "mesh.tensor=2 does not divide the model's 3 key-value heads; try 1" in found
+    assert "mesh.fsdp=2 does not divide the model's hidden width 33; try 1" in found
+    assert sharding.check(mesh, batch=8, heads=8, kv_heads=4, hidden=32, mlp=64, vocab=64) == []
+
+
+def test_labels_split_and_merge():
+    variables = {"params": {"w": jnp.ones(2)}, "lora": {"a": jnp.zeros(3)}}
+    labels = optim.labels(variables, ("lora/.*",))
+    assert labels == {"params": {"w": "frozen"}, "lora": {"a": "train"}}
+    trained, frozen = optim.split(variables, labels)
+    assert trained["params"]["w"] is None
+    assert frozen["lora"]["a"] is None
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, optim.merge(trained, frozen), variables))
+    with pytest.raises(ConfigError, match="'typo' matches no variable"):
+        optim.labels(variables, ("lora/.*", "typo"))
+
+
+def test_the_frozen_part_gets_no_gradient_no_state_and_no_change():
+    # optax.masked alone would pass raw gradients through to the frozen leaves.
+    variables = {"params": {"w": jnp.ones(2)}, "lora": {"a": jnp.ones(3)}}
+    labels = optim.labels(variables, ("lora/.*",))
+    trained, frozen = optim.split(variables, labels)
+    optimizer = optim.optimizer(
+        learning_rate=optim.schedule(0.1, 0.0, 10),
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        weight_decay=0.0,
+        clip=1.0,
+        labels=labels,
+    )
+    state = optimizer.init(trained)
+    assert sorted({leaf.size for leaf in jax.tree.leaves(state)}) == [1, 3]  # counters and moments of the adapter
+    gradients = jax.grad(lambda t: sum(x.sum() for x in jax.tree.leaves(optim.merge(t, frozen))))(trained)
+    assert jax.tree.leaves(gradients)[0].shape == (3,)
+    assert len(jax.tree.leaves(gradients)) == 1
+    for _ in range(2):
+        changes, state = optimizer.update(gradients, state, trained)
+    assert np.all(changes["lora"]["a"] < 0)
+    assert jax.tree.leaves(changes["params"]) == []
+
+
+def test_the_schedule_is_linear_then_cosine_to_zero():
+    rate = optim.schedule(1e-3, 0.1, 100)
+    np.testing.assert_allclose(rate(0), 0.0)
+    np.testing.assert_allclose(rate(5), 5e-4, rtol=1e-6)
+    np.testing.assert_allclose(rate(10), 1e-3, rtol=1e-6)
+    np.testing.assert_allclose(rate(55), 5e-4, rtol=1e-6)  # half way down
+    np.testing.assert_allclose(rate(100), 0.0, atol=1e-12)
