@@ -63,8 +63,10 @@ def test_gold_advantage_is_clipped_alone():
     assert free[0, -1] == pytest.approx(8 / 3)
     assert clipped[0, -1] == 1.5
     np.testing.assert_array_equal(clipped[0, :-1], free[0, :-1])
-    # Without gold the last roll-out is nobody special.
+    # A roll-out as good as gold keeps its advantage; without gold the last roll-out is nobody special.
     r = np.array([[0.0] * 8 + [1.0]])
+    beside = rewards.group_advantages(r, gold, **EXACT | {"gold_adv_clip": 1.5})
+    assert beside[0, -2] > beside[0, -1] == 1.5
     assert rewards.group_advantages(r, **EXACT | {"gold_adv_clip": 1.5})[0, -1] == pytest.approx(8 / 3)
 
 
