@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ambijax.errors import ConfigError
 
+ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu")  # implemented in layers.py
+
 
 @dataclasses.dataclass(frozen=True)
 class AudioConfig:
@@ -85,6 +87,9 @@ def from_dict(raw: dict) -> Qwen2AudioConfig:
         raise ConfigError(f"text_config: rope type {rope_type!r} is not supported, only 'default'")
     if text.get("use_sliding_window"):
         raise ConfigError("text_config: use_sliding_window is not supported")
+    for part in (text.get("hidden_act"), audio.get("activation_function")):
+        if part not in (None, *ACTIVATIONS):
+            raise ConfigError(f"the activation {part!r} is not supported, only {', '.join(ACTIVATIONS)}")
     text.setdefault("rope_theta", rope.get("rope_theta"))
     text.setdefault("tie_word_embeddings", raw.get("tie_word_embeddings"))
     known = _fields(TextConfig, text)

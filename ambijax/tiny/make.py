@@ -129,7 +129,7 @@ def write_random(directory: Path, t: tokenizers.Tokenizer, seed: int) -> None:
             "unk_token": None,
             "bos_token": None,
             "add_prefix_space": False,
-            "extra_special_tokens": ["<|im_start|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"],
+            "additional_special_tokens": ["<|im_start|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"],
             "model_max_length": 8192,
         },
     }
