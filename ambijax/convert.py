@@ -145,6 +145,8 @@ def _native_reader(directory: Path, wanted: Sequence[Parameter], dtype: np.dtype
         try:
             place = _place(directory, parameter.path) | {"fill_missing_data_reads": False}
             store = tensorstore.cast(tensorstore.open(place, open=True).result(), dtype)
+            if store.shape != parameter.shape:
+                raise ValueError(f"it has shape {store.shape}")
             return store[tuple(index)].read().result()
         except ValueError as error:
             reason = str(error).splitlines()[0][:200]
