@@ -120,9 +120,7 @@ def check(config: ConfigDict) -> None:
 
 def to_do(corpus: Corpus, out: Path, config: ConfigDict) -> tuple[list[teachers.Item], list[teachers.Result]]:
     """Utterances that have no result yet: (those with a soft label, failures of those whose votes give none)."""
-    finished = set()
-    if out.is_file():
-        finished = {row["id"] for row in ledger.read(out)[0] if row["status"] != "failed"}
+    finished = {row["id"] for row in ledger.results(out) if row["status"] != "failed"}
     items, failures = [], []
     for utterance in corpus.utterances[: config.max_items or None]:
         if utterance.id in finished:
@@ -244,20 +242,22 @@ def _cast(client: Client, corpus: Corpus, config: ConfigDict) -> tuple[teachers.
 
 
 async def _work(
-    items: Sequence[teachers.Item], corpus: Corpus, config: ConfigDict, book: ledger.Ledger, results: ledger.Journal
-) -> tuple[Exception | None, Client]:
-    """Curates the items; (why it ended early, the client with its counts)."""
+    items: Sequence[teachers.Item],
+    client: Client,
+    cast: tuple[teachers.Teacher, teachers.Validator],
+    results: ledger.Journal,
+    config: ConfigDict,
+) -> Exception | None:
+    """Curates the items, a few at a time; returns why it ended early."""
     from tqdm import tqdm
 
-    end = None
-    queue = iter(items)
-    async with Client(book, _endpoints(config), config.calls, config.max_usd) as client:
-        teacher, validator = _cast(client, corpus, config)
+    queue, end = iter(items), None
+    async with client:
         with tqdm(total=len(items), desc="curate", disable=None) as bar:
 
             async def worker() -> None:
                 for item in queue:
-                    results.append(dataclasses.asdict(await teachers.curate(item, teacher, validator, config)))
+                    results.append(dataclasses.asdict(await teachers.curate(item, *cast, config)))
                     bar.update()
 
             try:
@@ -266,7 +266,7 @@ async def _work(
                         group.create_task(worker())
             except* (BudgetReached, ConfigError) as ends:
                 end = ends.exceptions[0]
-    return end, client
+    return end
 
 
 def run(items: Sequence[teachers.Item], failures: Sequence[teachers.Result], corpus: Corpus, options: Options) -> None:
@@ -278,12 +278,13 @@ def run(items: Sequence[teachers.Item], failures: Sequence[teachers.Result], cor
     config, out = options.config, options.out
     with contextlib.ExitStack() as stack:
         book = stack.enter_context(contextlib.closing(ledger.Ledger(_ledger_path(out), _settings(config))))
+        client = Client(book, _endpoints(config), config.calls, config.max_usd)
         ledger.forget_failed(out)
         results = stack.enter_context(contextlib.closing(ledger.Journal(out)))
         for failure in failures:
             results.append(dataclasses.asdict(failure))
-        end, client = asyncio.run(_work(items, corpus, config, book, results))
-        rows, _ = ledger.read(out)
+        end = asyncio.run(_work(items, client, _cast(client, corpus, config), results, config))
+        rows = ledger.results(out)
         if isinstance(end, ConfigError):
             raise ConfigError(f"{end} ({len(rows)} finished items are kept in {out})")
         if end:

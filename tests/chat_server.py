@@ -20,7 +20,7 @@ def completion(text: str | None, *, finish: str = "stop", refusal: str | None = 
     return {
         "object": "chat.completion",
         "choices": [{"index": 0, "message": message, "finish_reason": finish}],
-        "usage": {"prompt_tokens": 700, "completion_tokens": 200, "prompt_tokens_details": {"audio_tokens": 20}},
+        "usage": {"prompt_tokens": 600, "completion_tokens": 200, "prompt_tokens_details": {"audio_tokens": 20}},
     }
 
 

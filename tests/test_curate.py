@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from chat_server import GOLD, Call, completion, error, good, serving
 
-from ambijax import curate, manifest
+from ambijax import curate, emotions, manifest, teacher
+from ambijax.acoustics import Acoustics, Norm
 from ambijax.curation import checks, client, ledger, limits, prompts
 from ambijax.curation.ledger import Answer
 from ambijax.emotions import CREMAD
 from ambijax.errors import ConfigError, DataError
+from tests.chat_server import GOLD, Call, completion, error, good, serving
 
 # ml_collections loads config files in a way that Python has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -106,7 +107,7 @@ def test_every_item_is_drafted_and_judged_once_and_merged(go) -> None:
         assert collections.Counter(call.role for call in server.calls) == {"writer": 5, "judge": 5}
         assert {row["status"] for row in rows(go.out).values()} == {"ok"}
         assert "accepted    5" in said
-        assert f"${5 * (680 * 2.5 + 20 * 32 + 200 * 10 + 680 * 0.75 + 200 * 4.5) / 1e6:.4f} in all" in said
+        assert f"${5 * (580 * 2.5 + 20 * 32 + 200 * 10 + 580 * 0.75 + 200 * 4.5) / 1e6:.4f} in all" in said
         again = go(5, server)
         assert "0 to do of 5 (5 finished earlier)" in again
         assert len(server.calls) == 10
@@ -324,7 +325,7 @@ def test_what_no_retry_mends_stops_the_run_at_once_and_keeps_progress(go, reply:
 
 
 def test_max_usd_stops_in_time_and_counts_over_runs(go) -> None:
-    item = (680 * 2.5 + 20 * 32 + 200 * 10 + 680 * 0.75 + 200 * 4.5) / 1e6  # about half a cent
+    item = (580 * 2.5 + 20 * 32 + 200 * 10 + 580 * 0.75 + 200 * 4.5) / 1e6  # about half a cent
     with serving() as server:
         said = go(60, server, f"--max_usd={10 * item}")
         finished = len(rows(go.out))
@@ -342,7 +343,7 @@ def test_max_usd_stops_in_time_and_counts_over_runs(go) -> None:
 def _bill(call: Call) -> float:
     text_in, text_out = (2.5, 10.0) if call.role == "writer" else (0.75, 4.5)
     audio = 20 * 32 if call.role == "writer" else 20 * 0
-    return (680 * text_in + audio + 200 * text_out) / 1e6
+    return (580 * text_in + audio + 200 * text_out) / 1e6
 
 
 def test_answers_that_never_arrive_count_against_max_usd(go) -> None:
@@ -378,6 +379,14 @@ def test_two_runs_do_not_write_one_file(go) -> None:
         with pytest.raises(ConfigError, match="another run"):
             go(1, server)
         book.close()
+
+
+def test_a_file_of_something_else_is_left_alone(go, clips: Path) -> None:
+    corpus(go.root, clips, 1)
+    before = (go.root / "manifest.jsonl").read_text()
+    with pytest.raises(DataError, match="no result of"):
+        go(1, None, f"--out={go.root / 'manifest.jsonl'}")
+    assert (go.root / "manifest.jsonl").read_text() == before
 
 
 def test_no_key_no_run(go, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -521,8 +530,10 @@ def test_ctrl_c_is_one_line_and_keeps_what_is_paid(tmp_path: Path, clips: Path) 
         time.sleep(0.2)
         return good(call)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits it if ours is ignored
     with serving(slow) as server:
         process = start(root, tmp_path / "cot.jsonl", server.url)
+        signal.signal(signal.SIGINT, before)
         while len(server.calls) < 10:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
@@ -675,6 +686,16 @@ def test_the_offline_teacher_needs_neither_key_nor_server(go, monkeypatch: pytes
     assert all("sadness" in row["cot"] for row in results.values())
     go(4, None, "--merge", teacher="template")
     assert all(u.cot for u in manifest.read(go.root).utterances)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_the_offline_teacher_writes_passes_the_checks(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(200):
+        norm = Norm.of([Acoustics(*np.abs(rng.normal(3, 2, 9))) for _ in range(3)])
+        p = emotions.soft_label(dict(zip(CREMAD, rng.integers(0, 9, 6).tolist(), strict=True)), CREMAD)
+        written = teacher.reason("I'm so sorry.", Acoustics(*np.abs(rng.normal(3, 4, 9))), norm, p, CREMAD)
+        assert checks.faults(written.render(), "I'm so sorry.", CREMAD, max_chars=2400) == []
 
 
 def test_the_offline_teacher_names_a_class_it_does_not_know(go) -> None:

@@ -85,14 +85,26 @@ def read(path: Path) -> tuple[list[dict], int]:
     return records, whole
 
 
+def results(path: Path) -> list[dict]:
+    """The items that ended so far; none when there is no file yet.
+
+    Raises:
+      DataError: the file holds something else.
+    """
+    records = read(path)[0] if path.is_file() else []
+    if any(not isinstance(record.get(name), str) for record in records for name in ("id", "status", "reason")):
+        raise DataError(f"{path} is no result of ambijax.curate; choose another --out")
+    return records
+
+
 def forget_failed(path: Path) -> None:
     """Rewrites the results without the failed items, whole or not at all, so that this run tries them again."""
     if not path.is_file():
         return
-    records, _ = read(path)
+    records = results(path)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
-        file.writelines(_line(record) for record in records if record.get("status") != "failed")
+        file.writelines(_line(record) for record in records if record["status"] != "failed")
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
@@ -128,7 +140,7 @@ class Ledger:
         self._journal = Journal(path)
         self.answers: dict[str, Answer] = {}
         self._open: dict[int, dict] = {}  # number -> its 'sent' record
-        self._ended: list[tuple[dict, dict]] = []
+        self._ended: list[tuple[str, int, float]] = []  # model, tokens, time
         self.spent = self._lost = 0.0
         settings = json.loads(json.dumps(settings))  # as they read from the file
         begun = next((r["settings"] for r in self._journal.records if "settings" in r), None)
@@ -148,7 +160,7 @@ class Ledger:
             self.spent += record["usd"]
         elif "got" in record:
             sent = self._open.pop(record["got"])
-            self._ended.append((sent, record))
+            self._ended.append((sent["model"], sent["tokens"], record["time"]))
             self.spent += record["usd"] - sent["usd"]
             if record["answer"] is not None:
                 self.answers[sent["key"]] = Answer(**record["answer"])
@@ -184,8 +196,8 @@ class Ledger:
           (model, tokens, time until which it counts), `seconds` after its end. A request without an end was over
           `timeout` seconds after it left.
         """
-        for sent, got in self._ended:
-            yield sent["model"], sent["tokens"], got["time"] + seconds
+        for model, tokens, ended in self._ended:
+            yield model, tokens, ended + seconds
         for sent in self._open.values():
             yield sent["model"], sent["tokens"], sent["time"] + timeout + seconds
 

@@ -103,7 +103,7 @@ _MEASURES = {
     "pitch_range": "pitch range {:.1f} semitones",
     "pitch_slope": "pitch movement {:+.1f} semitones per second",
     "rate": "speaking rate {:.1f} syllables per second",
-    "pauses": "share of pauses {:.2f}",
+    "pauses": "pauses",  # a share has no unit, and a bare 0.13 in the analysis would count as a leak
     "tilt": "vocal effort (energy above against below 1 kHz) {:.0f} dB",
     "harmonicity": "harmonics-to-noise ratio {:.0f} dB",
 }
