@@ -279,7 +279,7 @@ def test_degenerate_groups_have_finite_gradients(how, mask, advantage):
         per_token = losses.grpo(x, other, jnp.full((1, 2), advantage), 0.2, 0.2) + 0.04 * losses.k3(x, other)
         return losses.aggregate(per_token, masks, how, 3).sum() + losses.cross_entropy(x, masks).sum() * 0
 
-    value, gradient = jax.value_and_grad(loss)(logp)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(logp)
     np.testing.assert_array_equal(value, 0)
     np.testing.assert_array_equal(gradient, jnp.zeros_like(logp))
 
@@ -357,11 +357,11 @@ class TokenLogProbsTest(chex.TestCase):
         flat = losses.token_log_probs(
             jnp.array(hidden[0, 0]), jnp.array(kernel), jnp.array(targets[0, 0]), temperature=1.0, chunk=3
         )
-        np.testing.assert_allclose(flat, [x[0, 0] for x in f(hidden, kernel)], atol=1e-6)
+        np.testing.assert_allclose(flat, [x[0, 0] for x in jax.jit(f)(hidden, kernel)], atol=1e-6)
 
     def test_entropy_of_a_uniform_policy_is_log_v(self):
         _, f = scored(1.0, 3)
-        logp, entropy = f(jnp.zeros((B, G, T, D)), jnp.array(normal(1, D, V)))
+        logp, entropy = jax.jit(f)(jnp.zeros((B, G, T, D)), jnp.array(normal(1, D, V)))
         np.testing.assert_allclose(entropy, np.full((B, G, T), math.log(V)), atol=1e-5)
         np.testing.assert_allclose(logp, np.full((B, G, T), -math.log(V)), atol=1e-5)
 
@@ -373,11 +373,11 @@ class TokenLogProbsTest(chex.TestCase):
         hidden, kernel = rounded(normal(0, B, G, T, D)), rounded(normal(1, D, V))
         targets, f = scored(1.0, 3, jnp.bfloat16)
         expected = in_torch(hidden, kernel, targets, 1.0, np.ones((B, G, T)))
-        logp, entropy = f(hidden, kernel)
+        logp, entropy = jax.jit(f)(hidden, kernel)
         assert logp.dtype == entropy.dtype == jnp.float32
         np.testing.assert_allclose(logp, expected[0], atol=1e-5)  # logits in bfloat16 would be off by 1e-2
         np.testing.assert_allclose(entropy, expected[1], atol=1e-5)
-        gradients = jax.grad(lambda *x: f(*x)[0].sum(), argnums=(0, 1))(hidden, kernel)
+        gradients = jax.jit(jax.grad(lambda *x: f(*x)[0].sum(), argnums=(0, 1)))(hidden, kernel)
         for got, want in zip(gradients, expected[2:], strict=True):
             np.testing.assert_allclose(got, want, atol=2**-7 * np.abs(want).max())
 
@@ -388,7 +388,7 @@ class TokenLogProbsTest(chex.TestCase):
         def logp(hidden):
             return losses.token_log_probs(hidden, head, target, temperature=1.0, chunk=1)[0].sum()
 
-        gradient = jax.grad(logp)(jnp.array([[7, 0]], jnp.bfloat16))
+        gradient = jax.jit(jax.grad(logp))(jnp.array([[7, 0]], jnp.bfloat16))
         np.testing.assert_allclose(np.asarray(gradient, np.float32), [[9.11e-4, -9.11e-4]], rtol=1e-2)
 
     def test_memory_is_a_slice_and_a_frozen_head_has_no_gradient(self):
