@@ -38,7 +38,7 @@ from ambijax.model import qwen2_audio
 
 FORMAT = 1  # of native.json; raised when an older program could not read what this one writes
 
-_CHUNK = 16 * 2**20  # bytes of a native checkpoint's chunk, at most
+_CHUNK = 8 * 2**20  # bytes of a native checkpoint's chunk, at most
 
 # What a checkpoint has beside its weights, copied where present.
 _SIDE_FILES = (
@@ -184,7 +184,7 @@ def convert(checkpoint: str | Path, out: str | Path) -> None:
 
 
 def _write_native(directory: Path, parameter: Parameter, sources: Sequence[Tensor]) -> None:
-    """One parameter into its place in a native checkpoint, some chunks at a time."""
+    """One parameter into its place in a native checkpoint, a chunk at a time."""
     dtype = DTYPES[sources[0].dtype]
     # Chunks are halved over layers first, then over the longest axis: so a shard reads little that it does not need.
     chunk = list(parameter.shape)
@@ -201,13 +201,14 @@ def _write_native(directory: Path, parameter: Parameter, sources: Sequence[Tenso
     place = _place(directory, parameter.path) | {"metadata": metadata, "store_data_equal_to_fill_value": True}
     store = tensorstore.open(place, create=True, delete_existing=True).result()
 
-    # Whole chunks, cut only over layers and along the rows of the Hugging Face tensors, where their bytes are adjacent.
-    rows = parameter.stacked + parameter.inverse[0]
-    steps = [c if axis == rows or axis < parameter.stacked else parameter.shape[axis] for axis, c in enumerate(chunk)]
-    starts = (range(0, n, step) for n, step in zip(parameter.shape, steps, strict=True))
-    for corner in itertools.product(*starts):
-        index = tuple(slice(a, min(a + step, n)) for a, step, n in zip(corner, steps, parameter.shape, strict=True))
-        store[index].write(hugging_face.read(parameter, sources, index, dtype)).result()
+    pending = None  # a chunk is compressed and written while the next one is read
+    for corner in itertools.product(*(range(0, n, c) for n, c in zip(parameter.shape, chunk, strict=True))):
+        index = tuple(slice(a, min(a + c, n)) for a, c, n in zip(corner, chunk, parameter.shape, strict=True))
+        values = hugging_face.read(parameter, sources, index, dtype)
+        if pending:
+            pending.result()
+        pending = store[index].write(values)
+    pending.result()
 
 
 @contextlib.contextmanager
