@@ -290,7 +290,7 @@ def group_loss(setting: Setting, variables: dict, collected: Group, rngs: dict) 
         kl = setting.soft_label_kl(collected.target, scores.readout[:, -1])
         ce = losses.cross_entropy(scores.logp[:, -1], collected.loss_mask[:, -1])
         aux |= {"loss/kl": kl, "loss/gold_ce": ce}
-        loss += c.loss.lambda_kl * kl
+        loss += c.loss.lambda_kl * kl + c.grpo.gold_ce * ce
     return loss, aux
 
 

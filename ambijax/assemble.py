@@ -119,9 +119,14 @@ def datasets(
     )
 
 
+def trains_base(config: FrozenConfigDict) -> bool:
+    """Whether base weights are trained, and not adapters alone."""
+    return any(not pattern.startswith("lora") for pattern in config.optim.train)
+
+
 def trains_tower(config: FrozenConfigDict) -> bool:
     """Whether anything between the sound and the decoder is trained, so that its output cannot be computed once."""
-    return config.lora.audio_tower or any(not pattern.startswith("lora") for pattern in config.optim.train)
+    return config.lora.audio_tower or trains_base(config)
 
 
 def _swapped(utterances: list[manifest.Utterance]) -> list[manifest.Utterance]:

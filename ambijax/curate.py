@@ -369,9 +369,7 @@ def main() -> None:
     asked = len(corpus.utterances[: config.max_items or None])
     print(f"items       {len(items)} to do of {asked} ({asked - len(items) - len(failures)} finished earlier)")
     print(f"audio       {e.hours:.2f} h" + (f", {e.unreadable} clips cannot be read" if e.unreadable else ""))
-    print(
-        f"estimate    {e.requests} requests, {e.tokens / 1e6:.2f} M tokens, ${e.usd:.2f} if every first draft passes,"
-    )
+    print(f"estimate    {e.requests} requests, {e.tokens:,} tokens, ${e.usd:.2f} if every first draft passes,")
     print(f"            ${e.usd_at_most:.2f} at most; the rate limits alone take {e.minutes:.0f} min")
     if not options.dry_run:
         run(items, failures, corpus, options)

@@ -118,13 +118,10 @@ class Client:
         self._ledger, self._calls, self._max_usd = ledger, calls, max_usd
         self._keys = {endpoint.api_key_env: _api_key(endpoint) for endpoint in endpoints}
         self._apis = {
-            (endpoint.base_url, endpoint.api_key_env): openai.AsyncOpenAI(
-                api_key=self._keys[endpoint.api_key_env],
-                base_url=endpoint.base_url,
-                timeout=calls.timeout_s,
-                max_retries=0,
+            (url, env): openai.AsyncOpenAI(
+                api_key=self._keys[env], base_url=url, timeout=calls.timeout_s, max_retries=0
             )
-            for endpoint in endpoints
+            for url, env in {(endpoint.base_url, endpoint.api_key_env) for endpoint in endpoints}
         }
         self._limiters: dict[str, Limiter] = {}
         for endpoint in endpoints:  # two roles of one model share its limits
