@@ -311,14 +311,14 @@ def test_bad_sound_and_bad_votes_fail_with_a_reason(go, clips: Path) -> None:
 def test_what_no_retry_mends_stops_the_run_at_once_and_keeps_progress(go, reply: tuple, line: str) -> None:
     with serving(lambda call: reply if call.item == "item-6" else good(call)) as server:
         with pytest.raises(ConfigError, match=line) as raised:
-            go(30, server, concurrency=2)
+            go(20, server, concurrency=2)
         assert "\n" not in str(raised.value)
         kept = rows(go.out)
         assert 1 <= len(kept) < 12
         asked = len(server.calls)
         assert asked < 24
         server.reply = good
-        assert f"{30 - len(kept)} to do of 30" in go(30, server)
+        assert f"{20 - len(kept)} to do of 20" in go(20, server)
         assert {row["status"] for row in rows(go.out).values()} == {"ok"}
         paid = collections.Counter(call.key for call in server.calls if call.answered)
         assert set(paid.values()) == {1}
