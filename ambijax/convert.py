@@ -147,7 +147,13 @@ def _native_reader(directory: Path, wanted: Sequence[Parameter], dtype: np.dtype
             store = tensorstore.cast(tensorstore.open(place, open=True).result(), dtype)
             if store.shape != parameter.shape:
                 raise ValueError(f"it has shape {store.shape}")
-            return store[tuple(index)].read().result()
+            out = np.empty([len(range(n)[s]) for n, s in zip(parameter.shape, index, strict=True)], dtype)
+            start, stop, _ = index[0].indices(parameter.shape[0])
+            step = store.chunk_layout.read_chunk.shape[0]
+            for row in range(start, stop, step):  # not all at once, or as much again lies in TensorStore's buffers
+                rows = slice(row, min(row + step, stop))
+                out[rows.start - start : rows.stop - start] = store[(rows, *index[1:])].read().result()
+            return out
         except ValueError as error:
             reason = str(error).splitlines()[0][:200]
             raise ConfigError(f"{directory}: {parameter.path} is damaged, convert again ({reason})") from None

@@ -259,7 +259,7 @@ def match(directory: Path, wanted: Sequence[Parameter]) -> dict[str, list[Tensor
     return sources
 
 
-_BLOCK = 64 * 2**20  # bytes read at a time
+_BLOCK = 2 * 2**20  # bytes read at a time; a larger block leaves the processor's cache while it is turned
 
 
 def _blocks(tensor: Tensor, window: Sequence[slice]) -> Iterator[tuple[slice, np.ndarray]]:
