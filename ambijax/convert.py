@@ -2,8 +2,8 @@
 
     python -m ambijax.convert --checkpoint Qwen2-Audio-7B-Instruct --out base
 
-Training takes either directory; the native one restores faster: its arrays are stacked and turned already, and lie in
-chunks that all cores read at once.
+Training takes either directory. The native one restores faster: its arrays are stacked and turned already, and lie in
+chunks that all cores read at once:
 
     base/native.json     format version, the identity of the weights, the shapes; written last
     base/params/         an Orbax checkpoint of the pytree 'params', one array a parameter
@@ -198,8 +198,8 @@ def _write_native(directory: Path, parameter: Parameter, sources: Sequence[Tenso
     while np.prod(chunk) * dtype.itemsize > _CHUNK:
         axis = 0 if parameter.stacked and chunk[0] > 1 else int(np.argmax(chunk))
         chunk[axis] = -(-chunk[axis] // 2)
-    # A flipped bit is an error on reading; Orbax's own arrays would not show it. Not compressed: bfloat16 weights shrink
-    # by a quarter and take twice as long to read.
+    # With a checksum a flipped bit is an error on reading; Orbax's own arrays would not show it. Not compressed:
+    # bfloat16 weights shrink by a quarter and take twice as long to read.
     codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
     metadata = {"shape": parameter.shape, "data_type": dtype.name, "chunk_grid": grid, "codecs": codecs}
