@@ -1,6 +1,6 @@
 """What can go wrong for a user, and how a command says so: one line, and an exit code a scheduler can act on.
 
-    0 done   2 configuration   3 data   4 training became non-finite   75 preempted: start me again to resume
+Exit codes: 0 done, 2 configuration, 3 data, 4 training became non-finite, 75 preempted (start me again to resume).
 """
 
 import os

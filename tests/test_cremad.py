@@ -3,7 +3,6 @@
 import collections
 import csv
 
-import miniature
 import numpy as np
 import pytest
 
@@ -11,6 +10,7 @@ from ambijax import manifest, metrics
 from ambijax.corpora import cremad
 from ambijax.emotions import CREMAD
 from ambijax.errors import ConfigError, DataError
+from tests import miniature
 
 ALPHABETIC = ("anger", "disgust", "fear", "happiness", "neutral", "sadness")  # the order of the table's columns
 PAIRS = (

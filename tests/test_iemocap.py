@@ -4,14 +4,14 @@ import collections
 import json
 from pathlib import Path
 
-import miniature
 import pytest
-from conftest import SHARED
 
 from ambijax import manifest
 from ambijax.corpora import iemocap
 from ambijax.emotions import IEMOCAP, soft_label
 from ambijax.errors import ConfigError, DataError
+from tests import miniature
+from tests.conftest import SHARED
 
 
 def read(root, keep="consensus", fractional=False):

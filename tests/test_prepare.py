@@ -5,13 +5,13 @@ import json
 import subprocess
 import sys
 
-import miniature
 import numpy as np
 import pytest
 import soundfile
 
 from ambijax import audio, manifest, prepare
 from ambijax.errors import ConfigError, DataError
+from tests import miniature
 
 
 @pytest.fixture
