@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ from ambijax.model import qwen2_audio
 
 FORMAT = 1  # of native.json; raised when an older program could not read what this one writes
 
-_CHUNK = 8 * 2**20  # bytes of a native checkpoint's chunk, at most
+_FILE = 64 * 2**20  # bytes of a native checkpoint's data files, at most
 
 # What a checkpoint has beside its weights, copied where present.
 _SIDE_FILES = (
@@ -191,29 +192,29 @@ def convert(checkpoint: str | Path, out: str | Path) -> None:
 
 
 def _write_native(directory: Path, parameter: Parameter, sources: Sequence[Tensor]) -> None:
-    """One parameter into its place in a native checkpoint, a chunk at a time."""
+    """One parameter into its place in a native checkpoint, a file at a time."""
     dtype = DTYPES[sources[0].dtype]
-    # Chunks are halved over layers first, then over the longest axis: so a shard reads little that it does not need.
-    chunk = list(parameter.shape)
-    while np.prod(chunk) * dtype.itemsize > _CHUNK:
-        axis = 0 if parameter.stacked and chunk[0] > 1 else int(np.argmax(chunk))
-        chunk[axis] = -(-chunk[axis] // 2)
-    # With a checksum a flipped bit is an error on reading; Orbax's own arrays would not show it. Not compressed:
-    # bfloat16 weights shrink by a quarter and take twice as long to read.
-    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-    grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
-    metadata = {"shape": parameter.shape, "data_type": dtype.name, "chunk_grid": grid, "codecs": codecs}
+    file = list(parameter.shape)  # halved over layers first, then over the longest axis
+    while np.prod(file) * dtype.itemsize > _FILE:
+        axis = 0 if parameter.stacked and file[0] > 1 else int(np.argmax(file))
+        file[axis] = -(-file[axis] // 2)
+    # In a file lie chunks that are read by themselves, so that an eighth of a matrix costs an eighth. With a checksum a
+    # flipped bit is an error; Orbax's own arrays would not show it. Not compressed: bfloat16 weights would shrink by a
+    # quarter and take twice as long to read.
+    chunk = [1 if parameter.stacked and axis == 0 else n // math.gcd(n, 8) for axis, n in enumerate(file)]
+    plain = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    chunks = {"chunk_shape": chunk, "codecs": plain, "index_codecs": plain}
+    metadata = {
+        "shape": parameter.shape,
+        "data_type": dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": file}},
+        "codecs": [{"name": "sharding_indexed", "configuration": chunks}],
+    }
     place = _place(directory, parameter.path) | {"metadata": metadata, "store_data_equal_to_fill_value": True}
     store = tensorstore.open(place, create=True, delete_existing=True).result()
-
-    pending = None  # a chunk is written while the next one is read
-    for corner in itertools.product(*(range(0, n, c) for n, c in zip(parameter.shape, chunk, strict=True))):
-        index = tuple(slice(a, min(a + c, n)) for a, c, n in zip(corner, chunk, parameter.shape, strict=True))
-        values = hugging_face.read(parameter, sources, index, dtype)
-        if pending:
-            pending.result()
-        pending = store[index].write(values)
-    pending.result()
+    for corner in itertools.product(*(range(0, n, step) for n, step in zip(parameter.shape, file, strict=True))):
+        index = tuple(slice(a, min(a + c, n)) for a, c, n in zip(corner, file, parameter.shape, strict=True))
+        store[index].write(hugging_face.read(parameter, sources, index, dtype)).result()
 
 
 @contextlib.contextmanager

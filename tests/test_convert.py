@@ -439,15 +439,11 @@ def test_orbax_itself_restores_it(checkpoint, native):
     assert_equal(restored, load(checkpoint))
 
 
-def test_chunks_are_small(tmp_path, checkpoint, monkeypatch):
-    # A grouped matrix of 3 layers, 32 x 48 of 4 bytes, is cut over layers and then twice over the longer axis.
-    monkeypatch.setattr(convert, "_CHUNK", 2048)
+def test_a_large_parameter_lies_in_several_files(tmp_path, checkpoint, monkeypatch):
+    # 3 layers of 32 x 48 numbers of 4 bytes: cut over layers, then each of the axes in two.
+    monkeypatch.setattr(convert, "_FILE", 2048)
     convert.convert(checkpoint, tmp_path / "native")
-    names = {
-        path.relative_to(tmp_path / "native" / "params").as_posix() for path in tmp_path.rglob("c/*") if path.is_file()
-    }
-    files = [f for f in tmp_path.rglob("*") if f.is_file() and "up_proj" in str(f) and f.name != "zarr.json"]
-    assert len(files) == 3 * 4, names
+    assert len(data_files(tmp_path / "native", "language_model.layers.up_proj.kernel")) == 3 * 2 * 2
     assert_equal(load(tmp_path / "native"), load(checkpoint))
 
 
@@ -470,7 +466,7 @@ def damage(native: Path, tmp_path: Path) -> Path:
     return copy
 
 
-def chunks(directory: Path, leaf: str) -> list[Path]:
+def data_files(directory: Path, leaf: str) -> list[Path]:
     return sorted(path for path in (directory / "params" / leaf / "c").rglob("*") if path.is_file())
 
 
@@ -480,7 +476,7 @@ def test_a_flipped_bit_is_found(tmp_path, native):
     for leaf in ("language_model.layers.q_proj.kernel", "language_model.norm.scale", "audio_tower.conv1.kernel"):
         for _ in range(4):
             copy = damage(native, tmp_path)
-            file = chunks(copy, leaf)[0]
+            file = data_files(copy, leaf)[0]
             data = bytearray(file.read_bytes())
             data[rng.integers(len(data))] ^= 1 << rng.integers(8)
             file.write_bytes(data)
@@ -495,8 +491,11 @@ def resize(metadata: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda d: chunks(d, "multi_modal_projector.kernel")[0].unlink(), "multi_modal_projector/kernel is damaged"),
-        (lambda d: os.truncate(chunks(d, "language_model.lm_head")[0], 9), "language_model/lm_head is damaged"),
+        (
+            lambda d: data_files(d, "multi_modal_projector.kernel")[0].unlink(),
+            "multi_modal_projector/kernel is damaged",
+        ),
+        (lambda d: os.truncate(data_files(d, "language_model.lm_head")[0], 9), "language_model/lm_head is damaged"),
         (lambda d: shutil.rmtree(d / "params"), "is damaged"),
         (lambda d: resize(d / "params" / "language_model.norm.scale" / "zarr.json"), r"it has shape \(31,\)"),
         (lambda d: (d / "native.json").unlink(), "no weights in"),
@@ -674,7 +673,7 @@ from ambijax import convert, hugging_face
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
-convert._CHUNK = hugging_face._BLOCK = 2**20  # as small beside the test's parameters as the real ones beside 7B's
+convert._FILE = hugging_face._BLOCK = 2**20  # as small beside the test's parameters as the real ones beside 7B's
 convert.convert(sys.argv[1], sys.argv[2] + ".warm")  # imports, thread pools
 Path("/proc/self/clear_refs").write_text("5")
 before = peak()
