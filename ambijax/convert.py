@@ -2,8 +2,8 @@
 
     python -m ambijax.convert --checkpoint Qwen2-Audio-7B-Instruct --out base
 
-Training takes either directory. The native one is stacked and turned already, has a checksum in every chunk, and is read
-by all cores at once (on two cores that is no faster than the original):
+Training takes either directory. The native one is stacked and turned already, has a checksum in every chunk, and is
+read by all cores at once (on two cores that is no faster than the original):
 
     base/native.json     format version, the identity of the weights, the shapes; written last
     base/params/         an Orbax checkpoint of the pytree 'params', one array a parameter
