@@ -29,56 +29,26 @@ VOCABULARY, AUDIO_TOKEN, PAD = 300, 290, 299
 
 # Multi-head, with the real window of 3,000 mel frames; grouped heads and a tied output matrix; one key-value head and a
 # head width that is not hidden / heads. The reference demands mel windows of just 2 * max_source_positions frames.
-SHAPES = {
-    "multi_head": (
-        {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
-        {
-            "d_model": 16,
-            "encoder_layers": 2,
-            "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 40,
-            "num_mel_bins": 12,
-            "max_source_positions": 1500,
-        },
-    ),
-    "grouped_tied": (
-        {
-            "hidden_size": 48,
-            "intermediate_size": 64,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": True,
-        },
-        {
-            "d_model": 24,
-            "encoder_layers": 1,
-            "encoder_attention_heads": 3,
-            "encoder_ffn_dim": 32,
-            "num_mel_bins": 8,
-            "max_source_positions": 60,
-        },
-    ),
-    "one_kv_head": (
-        {
-            "hidden_size": 40,
-            "intermediate_size": 56,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 5,
-            "num_key_value_heads": 1,
-            "head_dim": 16,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        },
-        {
-            "d_model": 32,
-            "encoder_layers": 3,
-            "encoder_attention_heads": 4,
-            "encoder_ffn_dim": 64,
-            "num_mel_bins": 16,
-            "max_source_positions": 52,
-        },
-    ),
+OPTIONS = {
+    "multi_head": {"num_attention_heads": 4, "num_key_value_heads": 4},
+    "grouped_tied": {
+        **{"num_attention_heads": 6, "num_key_value_heads": 2, "rms_norm_eps": 1e-5},
+        "tie_word_embeddings": True,
+    },
+    "one_kv_head": {
+        **{"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 16},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+}
+TEXT = ("hidden_size", "intermediate_size", "num_hidden_layers")
+TOWER = (
+    *("d_model", "encoder_attention_heads", "encoder_ffn_dim", "encoder_layers"),
+    *("num_mel_bins", "max_source_positions"),
+)
+SIZES = {  # in the order of TEXT and TOWER
+    "multi_head": ((32, 48, 2), (16, 2, 40, 2, 12, 1500)),
+    "grouped_tied": ((48, 64, 3), (24, 3, 32, 1, 8, 60)),
+    "one_kv_head": ((40, 56, 1), (32, 4, 64, 3, 16, 52)),
 }
 
 
@@ -125,14 +95,10 @@ class Batch(NamedTuple):
 
 
 def build(shape: str, directory: Path) -> Pair:
-    text, audio = SHAPES[shape]
+    text = dict(zip(TEXT, SIZES[shape][0], strict=True)) | OPTIONS[shape]
+    audio = dict(zip(TOWER, SIZES[shape][1], strict=True))
     torch_config = transformers.Qwen2AudioConfig(
-        text_config={
-            "model_type": "qwen2",
-            "vocab_size": VOCABULARY,
-            "num_key_value_heads": text["num_attention_heads"],
-            **text,
-        },
+        text_config={"model_type": "qwen2", "vocab_size": VOCABULARY, **text},
         audio_config={"model_type": "qwen2_audio_encoder", **audio},
         audio_token_index=AUDIO_TOKEN,
     )
@@ -153,7 +119,7 @@ def build(shape: str, directory: Path) -> Pair:
     return Pair(reference, model, convert.load(directory, model, dtype=jnp.float32))
 
 
-@pytest.fixture(scope="session", params=list(SHAPES))
+@pytest.fixture(scope="session", params=list(SIZES))
 def pair(request, tmp_path_factory) -> Pair:
     return build(request.param, tmp_path_factory.mktemp(request.param))
 
