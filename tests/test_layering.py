@@ -10,7 +10,7 @@ PACKAGE = Path(ambijax.__file__).parent
 # One row a layer; within a row modules may not import each other.
 LAYERS = [
     ["errors"],
-    ["emotions", "workdir", "digest"],
+    ["emotions", "workdir", "digest", "journal"],
     ["audio", "reasoning"],
     ["acoustics", "structs", "sharding", "losses", "metrics", "manifest"],
     ["optim", "prompt", "teacher", "rewards", "readout"],
@@ -24,10 +24,9 @@ LAYERS = [
     ["model.encoder", "model.decoder"],
     ["model.qwen2_audio"],
     ["hugging_face"],
-    ["hugging_face"],
     ["convert", "checkpoint", "policy", "data"],
     ["features", "algorithms", "settings"],
-    ["assemble"],
+    ["assemble", "update"],
     ["evaluate"],
     ["train", "predict", "prepare", "curate", "tiny.make"],
 ]
