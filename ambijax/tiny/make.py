@@ -24,6 +24,41 @@ from ambijax.model import qwen2_audio
 
 VOCABULARY = 1280  # tokens; the closed vocabulary of the offline teacher needs about half
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
+AUDIO = {
+    "model_type": "qwen2_audio_encoder",
+    "num_mel_bins": 128,
+    "encoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 512,
+    "d_model": 128,
+    "activation_function": "gelu",
+    "max_source_positions": 1500,
+}
+PREPROCESSOR = {
+    "feature_extractor_type": "WhisperFeatureExtractor",
+    "processor_class": "Qwen2AudioProcessor",
+    "feature_size": 128,
+    "sampling_rate": 16000,
+    "hop_length": 160,
+    "n_fft": 400,
+    "chunk_length": 30,
+    "n_samples": 480000,
+    "nb_max_frames": 3000,
+    "padding_side": "right",
+    "padding_value": 0.0,
+    "return_attention_mask": True,
+}
+TOKENIZER = {
+    "tokenizer_class": "Qwen2Tokenizer",
+    "processor_class": "Qwen2AudioProcessor",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|endoftext|>",
+    "unk_token": None,
+    "bos_token": None,
+    "add_prefix_space": False,
+    "additional_special_tokens": ["<|im_start|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"],
+    "model_max_length": 8192,
+}
 # How Qwen2 cuts text before the merges.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -62,81 +97,51 @@ def texts(corpus: manifest.Corpus) -> Iterable[str]:
         yield from (f"{prompt.SYSTEM} {role}\nAudio 1: \n" for role in ("system", "user", "assistant"))
 
 
+def description(t: tokenizers.Tokenizer) -> dict[str, dict]:
+    """The JSON files that describe the model to ambijax and to transformers, by name."""
+    ids = {name: t.token_to_id(name) for name in SPECIAL}
+    end = {"bos_token_id": ids["<|endoftext|>"], "pad_token_id": ids["<|endoftext|>"]}
+    text = {
+        "model_type": "qwen2",
+        "vocab_size": -(-t.get_vocab_size() // 64) * 64,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "eos_token_id": ids["<|im_end|>"],
+        **end,
+    }
+    return {
+        "config.json": {
+            "architectures": ["Qwen2AudioForConditionalGeneration"],
+            "model_type": "qwen2_audio",
+            "audio_token_index": ids["<|AUDIO|>"],
+            "audio_config": AUDIO,
+            "text_config": text,
+            "torch_dtype": "bfloat16",
+        },
+        "generation_config.json": {"eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], **end},
+        "preprocessor_config.json": PREPROCESSOR,
+        "tokenizer_config.json": TOKENIZER,
+    }
+
+
 def write_random(directory: Path, t: tokenizers.Tokenizer, seed: int) -> None:
     """A Hugging Face checkpoint directory with random weights."""
     directory.mkdir(parents=True, exist_ok=True)
     t.save(str(directory / "tokenizer.json"))
-    ids = {name: t.token_to_id(name) for name in SPECIAL}
-    raw = {
-        "architectures": ["Qwen2AudioForConditionalGeneration"],
-        "model_type": "qwen2_audio",
-        "audio_token_index": ids["<|AUDIO|>"],
-        "audio_config": {
-            "model_type": "qwen2_audio_encoder",
-            "num_mel_bins": 128,
-            "encoder_layers": 3,
-            "encoder_attention_heads": 4,
-            "encoder_ffn_dim": 512,
-            "d_model": 128,
-            "activation_function": "gelu",
-            "max_source_positions": 1500,
-        },
-        "text_config": {
-            "model_type": "qwen2",
-            "vocab_size": -(-t.get_vocab_size() // 64) * 64,
-            "hidden_size": 192,
-            "intermediate_size": 512,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "hidden_act": "silu",
-            "max_position_embeddings": 8192,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
-            "tie_word_embeddings": False,
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-        },
-        "torch_dtype": "bfloat16",
-    }
-    files = {
-        "config.json": raw,
-        "generation_config.json": {
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
-            "pad_token_id": ids["<|endoftext|>"],
-        },
-        "preprocessor_config.json": {
-            "feature_extractor_type": "WhisperFeatureExtractor",
-            "processor_class": "Qwen2AudioProcessor",
-            "feature_size": 128,
-            "sampling_rate": 16000,
-            "hop_length": 160,
-            "n_fft": 400,
-            "chunk_length": 30,
-            "n_samples": 480000,
-            "nb_max_frames": 3000,
-            "padding_side": "right",
-            "padding_value": 0.0,
-            "return_attention_mask": True,
-        },
-        "tokenizer_config.json": {
-            "tokenizer_class": "Qwen2Tokenizer",
-            "processor_class": "Qwen2AudioProcessor",
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-            "unk_token": None,
-            "bos_token": None,
-            "add_prefix_space": False,
-            "additional_special_tokens": ["<|im_start|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"],
-            "model_max_length": 8192,
-        },
-    }
+    files = description(t)
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
-    shape = model_config.from_dict(raw)
-    model = qwen2_audio.Qwen2Audio(shape, None, jnp.dtype("float32"), "nothing_saveable")
+    model = qwen2_audio.Qwen2Audio(
+        model_config.from_dict(files["config.json"]), None, jnp.dtype("float32"), "nothing_saveable"
+    )
     params = jax.jit(lambda key: qwen2_audio.init(model, key)["params"])(jax.random.key(seed))
     convert.save_hugging_face(params, directory, directory, dtype=jnp.dtype("float32"))
 
