@@ -1,6 +1,7 @@
 """Settings -> the things a command needs before its first step: mesh, model, tokenizer, weights, data."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import flax.traverse_util
@@ -75,30 +76,36 @@ def corpus(config: FrozenConfigDict) -> manifest.Corpus:
     raise ConfigError(f"data.corpus={d.corpus!r} must be 'manifest' or 'synthetic'")
 
 
-def datasets(
-    setting: Setting, params: dict, names: tuple[str, ...], *, swap_audio: bool = False
-) -> dict[str, data.Dataset]:
+Edit = Callable[[list[manifest.Utterance]], list[manifest.Utterance]]
+
+
+def splits(config: FrozenConfigDict, everything: manifest.Corpus) -> dict[str, list[manifest.Utterance]]:
+    """The utterances to train on, to tune on and to test on; nothing is heard yet."""
+    found = manifest.split(everything, config.data.fold, config.data.dev)
+    if config.eval.max_clips >= 0:
+        found["test"] = found["test"][: config.eval.max_clips]
+    return found
+
+
+def datasets(setting: Setting, params: dict, names: tuple[str, ...], *, edit: Edit = list) -> dict[str, data.Dataset]:
     """The named splits ('train', 'dev', 'test'), their clips heard once.
 
-    With `swap_audio` every utterance gets the sound of another half a split away: the control that shows whether a
-    model listens at all.
+    Args:
+      setting: the run's.
+      params: base weights, whose audio tower listens.
+      names: which splits.
+      edit: applied to each split's utterances first, as a control does that swaps their sounds.
 
     Raises:
       ConfigError, DataError: the corpus is missing, broken, or leaks speakers between splits.
     """
     d = setting.config.data
     everything = corpus(setting.config)
-    splits = manifest.split(everything, d.fold, d.dev)
-    splits = {name: utterances for name, utterances in splits.items() if name in names}
-    limit = setting.config.eval.max_clips
-    if "test" in splits and limit >= 0:
-        splits["test"] = splits["test"][:limit]
-    if swap_audio:
-        splits = {name: _swapped(utterances) for name, utterances in splits.items()}
+    parts = {name: edit(utterances) for name, utterances in splits(setting.config, everything).items()}
     live = trains_tower(setting.config)
     sounds = features.compute(
         everything,
-        [utterance for utterances in splits.values() for utterance in utterances],
+        [utterance for name in names for utterance in parts[name]],
         setting.model,
         params,
         setting.mesh,
@@ -106,7 +113,8 @@ def datasets(
         live_tower=live,
     )
     return data.build(
-        splits,
+        parts,
+        names,
         sounds,
         setting.vocabulary,
         windows=tuple(d.windows),
@@ -116,6 +124,7 @@ def datasets(
         seed=setting.config.seed,
         label_in_ce=setting.config.loss.lambda_kl == 0,
         live_tower=live,
+        root=everything.audio_root or everything.root,
     )
 
 
@@ -127,12 +136,6 @@ def trains_base(config: FrozenConfigDict) -> bool:
 def trains_tower(config: FrozenConfigDict) -> bool:
     """Whether anything between the sound and the decoder is trained, so that its output cannot be computed once."""
     return config.lora.audio_tower or trains_base(config)
-
-
-def _swapped(utterances: list[manifest.Utterance]) -> list[manifest.Utterance]:
-    half = len(utterances) // 2
-    others = utterances[half:] + utterances[:half]
-    return [dataclasses.replace(u, audio=other.audio) for u, other in zip(utterances, others, strict=True)]
 
 
 def adapters(setting: Setting) -> dict:

@@ -7,6 +7,7 @@ length, one text length (the longest prompt of the corpus), one completion lengt
 import dataclasses
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import tqdm
@@ -46,6 +47,8 @@ class Example:
 class Dataset:
     """A split, ready to be batched."""
 
+    split: str  # train | dev | test
+    root: Path  # where the utterances' audio paths start
     utterances: tuple[manifest.Utterance, ...]
     examples: tuple[Example, ...]
     sounds: tuple[Sound, ...]
@@ -158,9 +161,11 @@ def _pad(rows: Sequence[np.ndarray], length: int, value: int) -> np.ndarray:
 
 def build(
     splits: dict[str, list[manifest.Utterance]],
+    names: Sequence[str],
     sounds: dict[str, Sound],
     vocabulary: Vocabulary,
     *,
+    root: Path,
     windows: Sequence[int],
     max_tokens: int,
     cot: bool,
@@ -169,11 +174,12 @@ def build(
     label_in_ce: bool,
     live_tower: bool,
 ) -> dict[str, Dataset]:
-    """Tokenises every split. All of them share one text length.
+    """Tokenises the splits in `names`. All of them share one text length.
 
     Args:
-      splits: name -> utterances.
-      sounds: utterance id -> sound.
+      splits: name -> utterances; examples are numbered across all of them, whichever are built.
+      names: those to build.
+      sounds: utterance id -> sound, of these.
       vocabulary: the checkpoint's tokenizer, its ids and the K class names.
       windows: declared mel lengths.
       max_tokens: completion length T. An utterance whose chain of thought is longer, or breaks the format, is kept
@@ -183,32 +189,34 @@ def build(
       seed: for 'sample'.
       label_in_ce: whether cross entropy covers the class word.
       live_tower: sounds are log-mel because the audio tower is being trained.
+      root: where the utterances' audio paths start.
     """
     if gold_label not in ("argmax", "sample"):
         raise ConfigError(f"data.gold_label={gold_label!r} must be 'argmax' or 'sample'")
-    examples, first = {}, 0
-    for name, utterances in splits.items():
+    examples, firsts = {}, dict(zip(splits, np.cumsum([0, *map(len, splits.values())]).tolist(), strict=False))
+    for name in names:
+        utterances, first = splits[name], firsts[name]
         targets = manifest.soft_labels(utterances, vocabulary.labels)
         examples[name] = []
         for i, (u, p) in enumerate(zip(utterances, targets, strict=True)):
             drawn = np.random.default_rng((seed, first + i)).choice(len(p), p=p / p.sum())
             label = vocabulary.labels[int(p.argmax()) if gold_label == "argmax" else drawn]
             examples[name].append(_example(u, sounds[u.id].tokens, p, label, vocabulary, cot, max_tokens))
-        first += len(utterances)
-    curated = [(u, e) for n in splits for u, e in zip(splits[n], examples[n], strict=True) if cot and u.cot]
+    curated = [(u, e) for n in names for u, e in zip(splits[n], examples[n], strict=True) if cot and u.cot]
     if unfit := [u.id for u, e in curated if not e.reasoned]:
         tqdm.tqdm.write(
             f"{len(unfit)} of {len(curated)} chains of thought break the format or exceed data.max_tokens={max_tokens};"
             f" these utterances are kept for the read-out alone: {', '.join(unfit[:3])}"
         )
-    text = max(len(e.prompt) - sounds[u.id].tokens for n in splits for u, e in zip(splits[n], examples[n], strict=True))
-    firsts = np.cumsum([0, *map(len, splits.values())])
+    text = max(len(e.prompt) - sounds[u.id].tokens for n in names for u, e in zip(splits[n], examples[n], strict=True))
     return {
         name: Dataset(
-            utterances=tuple(utterances),
+            split=name,
+            root=root,
+            utterances=tuple(splits[name]),
             examples=tuple(examples[name]),
-            sounds=tuple(sounds[u.id] for u in utterances),
-            first=int(start),
+            sounds=tuple(sounds[u.id] for u in splits[name]),
+            first=firsts[name],
             live_tower=live_tower,
             windows=tuple(windows),
             text_tokens=round_up(text),
@@ -216,7 +224,7 @@ def build(
             pad=vocabulary.endoftext,
             label_in_ce=label_in_ce,
         )
-        for (name, utterances), start in zip(splits.items(), firsts, strict=False)
+        for name in names
     }
 
 

@@ -1,59 +1,33 @@
-"""A split -> predictions.jsonl + summary.json, and a table against the floors.
+"""A run on a split -> predictions.jsonl + summary.json, and a table against the floors.
 
-    python -m ambijax.evaluate --run runs/tiny [--split test] [--base] [--swap_audio]
+    python -m ambijax.evaluate --run runs/tiny [--split dev] [--base] [--swap_audio]
+    python -m ambijax.evaluate --run runs/sft_cremad --corpus data/iemocap [--fold 0]
 
 Prediction is free-running: the model writes its chain of thought greedily, the distribution is read out after it.
+Another corpus is read out over the classes it shares with the run's own; without --fold all of it is tested on.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
-import tqdm
+from ml_collections import FrozenConfigDict
 
-from ambijax import algorithms, assemble, errors, metrics, settings, sharding
+from ambijax import assemble, audio, canaries, emotions, errors, journal, manifest, metrics, predictions, settings
 from ambijax.algorithms import Setting
 from ambijax.data import Dataset
+from ambijax.errors import ConfigError
 
-COLUMNS = {"JS ↓": "js", "BC ↑": "bc", "R2 ↑": "r2", "Brier ↓": "brier", "accuracy ↑": "accuracy", "format ↑": "format"}
-
-
-def predict(setting: Setting, variables: dict, dataset: Dataset, name: str) -> Iterator[dict]:
-    """One record an utterance, in order, with a progress bar named `name`.
-
-    Yields:
-      id, target, votes, readout, js, reasoning, format, forced, js_gold (after the curated trajectory, None without).
-    """
-    size = sharding.round_up(setting.config.eval.batch_size, setting.mesh)
-    bar = tqdm.tqdm(total=len(dataset), desc=name, unit="clip", mininterval=1.0)
-    for start in range(0, len(dataset), size):
-        wanted = [min(start + i, len(dataset) - 1) for i in range(size)]  # the last batch is filled up: one shape
-        batch = dataset.batch(wanted)
-        placed = sharding.place(batch, setting.mesh)
-        rolled = setting.rollout(variables, placed.prompt, jax.random.key(0), samples=1, temperature=0.0)
-        judged = algorithms.judge(setting, sharding.fetch(rolled), batch.target)
-        after_gold = setting.score(variables, placed.prompt, placed.gold, {}).readout
-        js_gold = metrics.js(batch.target, setting.distribution(sharding.fetch(after_gold)[:, 0]))
-        for row, index in enumerate(wanted[: len(dataset) - start]):
-            utterance = dataset.utterances[index]
-            yield {
-                "id": utterance.id,
-                "speaker": utterance.speaker,
-                "target": batch.target[row].tolist(),
-                "votes": utterance.votes,
-                "readout": judged.readout[row, 0].tolist(),
-                "js": judged.js[row, 0].item(),
-                "reasoning": judged.texts[row][0],
-                "format": judged.fmt[row, 0].item(),
-                "forced": judged.forced[row, 0].item(),
-                "tokens": judged.lengths[row, 0].item(),
-                "js_gold": js_gold[row].item() if dataset.examples[index].reasoned else None,
-            }
-            bar.update()
-    bar.close()
+COLUMNS = {
+    "JS ↓": "js",
+    "BC ↑": "bc",
+    "R2 ↑": "r2",
+    "Brier ↓": "brier",
+    "accuracy ↑": "accuracy",
+    "format ↑": "format",
+}
 
 
 def summarise(records: list[dict]) -> dict[str, float]:
@@ -79,18 +53,28 @@ def floors(train_target: np.ndarray, target: np.ndarray) -> dict[str, dict[str, 
     }
 
 
-def run(setting: Setting, variables: dict, dataset: Dataset, directory: Path, name: str) -> dict[str, float]:
+def run(setting: Setting, variables: dict, dataset: Dataset, directory: Path, name: str) -> dict:
     """Predicts a split and writes `directory/{predictions.jsonl,summary.json}`; returns the summary."""
-    records = list(predict(setting, variables, dataset, name))
-    directory.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    (directory / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
-    summary = summarise(records)
+    records = predictions.collect(setting, variables, dataset, directory, name)
+    summary = summarise(records) | about(setting.config, dataset)
     (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
+def about(config: FrozenConfigDict, dataset: Dataset) -> dict:
+    """What a reader of summary.json must know besides the metrics."""
+    return {
+        "algorithm": config.algorithm,
+        "seed": config.seed,
+        "labels": list(config.data.labels),
+        "root": str(dataset.root.resolve()),
+        "split": dataset.split,
+        "fold": config.data.fold if config.data.fold >= 0 else None,
+        "commit": journal.commit(),
+    }
+
+
+def table(rows: dict[str, dict]) -> str:
     """Named summaries as an aligned text table."""
     width = max(map(len, rows)) + 2
     lines = [" " * width + "".join(f"{column:>12}" for column in COLUMNS)]
@@ -100,26 +84,73 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def on_corpus(config: FrozenConfigDict, corpus: manifest.Corpus, fold: int | None) -> FrozenConfigDict:
+    """A run's settings on another corpus: its classes are those that both know, none of its clips is trained on.
+
+    Args:
+      config: the run's.
+      corpus: the other one.
+      fold: whose test utterances; None: all of the corpus.
+
+    Raises:
+      ConfigError: the two share fewer than two classes.
+    """
+    changed = config.to_dict()
+    changed["data"] |= {
+        "corpus": "manifest",
+        "root": str(corpus.root),
+        "labels": emotions.shared_classes(config.data.labels, corpus.classes()),
+        "fold": -1 if fold is None else fold,
+        "windows": (*config.data.windows, audio.N_FRAMES),  # a clip may be longer than any of the run's own
+    }
+    return FrozenConfigDict(changed)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m ambijax.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, required=True, help="run directory written by ambijax.train")
-    parser.add_argument("--split", choices=("train", "dev", "test"), default="test")
-    parser.add_argument("--base", action="store_true", help="evaluate the model without its adapters")
-    parser.add_argument("--swap_audio", action="store_true", help="control: every clip is heard with another's sound")
-    args = parser.parse_args()
+    args = _parse()
     config = settings.load(args.run)
+    name, edit = args.split, list
+    if args.corpus:
+        corpus = manifest.read(args.corpus)
+        config = on_corpus(config, corpus, args.fold)
+        name = corpus.root.resolve().name + f"-{args.split}{args.fold}" * (args.fold is not None)
+        left = len(corpus.utterances) - len(manifest.voted(corpus.utterances, config.data.labels))
+        print(f"{name}: {', '.join(config.data.labels)}; {left} utterances without a vote on them are left out")
+    if args.swap_audio:
+        edit = canaries.swap_audio
+    name += "-base" * args.base + "-swap_audio" * args.swap_audio
     setting = assemble.setting(config)
     with jax.set_mesh(setting.mesh):
         variables = assemble.trained(setting, args.run)
-        names = tuple({"train", args.split})
-        sets = assemble.datasets(setting, variables["params"], names, swap_audio=args.swap_audio)
+        test = assemble.datasets(
+            setting,
+            variables["params"],
+            (args.split,),
+            edit=lambda utterances: edit(manifest.voted(utterances, config.data.labels)),
+        )[args.split]
         if args.base:
             variables = {"params": variables["params"]}
-        name = args.split + "-base" * args.base + "-swapped" * args.swap_audio
-        summary = run(setting, variables, sets[args.split], args.run / "eval" / name, name)
-    rows = floors(sets["train"].target, sets[args.split].target) | {name: summary}
-    print(table(rows))
+        summary = run(setting, variables, test, args.run / "eval" / name, name)
+    train = assemble.splits(config, assemble.corpus(config))["train"] or test.utterances
+    prior = manifest.soft_labels(manifest.voted(train, config.data.labels), config.data.labels)
+    print(table(floors(prior, test.target) | {name: summary}))
     print(f"written to {args.run / 'eval' / name}")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m ambijax.evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True, help="run directory written by ambijax.train")
+    parser.add_argument("--split", choices=("train", "dev", "test"), default="test")
+    parser.add_argument("--corpus", type=Path, help="another corpus: a manifest, or the directory it lies in")
+    parser.add_argument("--fold", type=int, help="with --corpus: the fold to test on; all of the corpus without it")
+    parser.add_argument("--base", action="store_true", help="evaluate the model without its adapters")
+    parser.add_argument("--swap_audio", action="store_true", help="control: every clip is heard with another's sound")
+    args = parser.parse_args()
+    if args.fold is not None and not args.corpus:
+        raise ConfigError(f"--fold={args.fold} belongs to --corpus: a run has seen the other folds of its own")
+    if args.corpus and args.fold is None and args.split != "test":
+        raise ConfigError(f"--split={args.split} of another corpus needs its --fold; without one all of it is tested")
+    return args
 
 
 if __name__ == "__main__":

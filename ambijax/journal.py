@@ -12,15 +12,19 @@ import jax
 def environment() -> dict:
     """Versions, commit and devices of this run."""
     packages = ("ambijax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
     return {
         "python": sys.version.split()[0],
         "packages": {name: importlib.metadata.version(name) for name in packages},
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         "devices": [device.device_kind for device in jax.devices()],
     }
+
+
+def commit() -> str | None:
+    """The commit of this checkout; None for an installed package."""
+    command = ["git", "rev-parse", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return found.stdout.strip() or None
 
 
 class Log:

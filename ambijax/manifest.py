@@ -48,6 +48,7 @@ class Corpus:
     utterances: tuple[Utterance, ...]
     audio_root: Path | None = None  # where the audio paths start; None = root
     description: str = ""  # which release and which votes these are
+    labels: tuple[str, ...] = ()  # its classes; () = every emotion that has a vote
 
     def path(self, utterance: Utterance) -> Path:
         """Where the utterance's audio lies; never outside the audio root."""
@@ -59,6 +60,10 @@ class Corpus:
             )
         return path
 
+    def classes(self) -> tuple[str, ...]:
+        """The classes it is labelled with."""
+        return self.labels or tuple(sorted({e for u in self.utterances for e, n in u.votes.items() if n}))
+
 
 def write(corpus: Corpus) -> None:
     """Writes `corpus.root/manifest.jsonl`, whole or not at all, and `corpus.json` about it."""
@@ -67,6 +72,7 @@ def write(corpus: Corpus) -> None:
     about = {
         "description": corpus.description,
         "audio_root": str(corpus.audio_root.resolve()) if elsewhere else "",
+        "labels": list(corpus.labels),
     }
     lines = (json.dumps(dataclasses.asdict(utterance), ensure_ascii=False) for utterance in corpus.utterances)
     _replace(corpus.root / "corpus.json", [json.dumps(about, ensure_ascii=False)])
@@ -175,8 +181,7 @@ def read(root: str | Path) -> Corpus:
         raise DataError(f"{path}: not UTF-8: {error}") from None
     if not utterances:
         raise DataError(f"{path} holds no utterance")
-    audio_root, description = _about(path.parent)
-    return Corpus(path.parent, tuple(utterances.values()), audio_root, description)
+    return Corpus(path.parent, tuple(utterances.values()), *_about(path.parent))
 
 
 def _find(root: Path) -> Path:
@@ -190,20 +195,21 @@ def _find(root: Path) -> Path:
     return found[0]
 
 
-def _about(root: Path) -> tuple[Path | None, str]:
-    """(audio root or None, description) from `corpus.json`, which need not exist."""
+def _about(root: Path) -> tuple[Path | None, str, tuple[str, ...]]:
+    """(audio root or None, description, classes) from `corpus.json`, which need not exist nor name the classes."""
     path = root / "corpus.json"
     if not path.is_file():
-        return None, ""
+        return None, "", ()
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         audio_root, description = about["audio_root"], about["description"]
+        labels = tuple(about["labels"]) if "labels" in about else ()
         audio = root / audio_root if audio_root else None
     except (ValueError, KeyError, TypeError):
         raise DataError(f'{path} must look like {{"description": "...", "audio_root": "..."}}') from None
     if audio is not None and not audio.is_dir():
         raise ConfigError(f"{path}: audio_root {audio_root} is no directory; name the one where the audio lies now")
-    return audio, description
+    return audio, description, labels
 
 
 def soft_labels(utterances: Iterable[Utterance], labels: Sequence[str]) -> np.ndarray:
@@ -227,7 +233,7 @@ def split(corpus: Corpus, fold: int, dev: str) -> dict[str, list[Utterance]]:
 
     Args:
       corpus: the corpus.
-      fold: utterances of this fold are the test set.
+      fold: utterances of this fold are the test set; -1: all are, of a corpus that nothing is trained on.
       dev: 'next_fold' takes the following fold (mod the number of folds); 'groups' takes every tenth group of the
         rest, so that with few speakers (IEMOCAP) none is lost to the dev set.
 
@@ -238,6 +244,8 @@ def split(corpus: Corpus, fold: int, dev: str) -> dict[str, list[Utterance]]:
       ConfigError: there is no such fold.
       DataError: a speaker stands in train and test, or a group in two splits.
     """
+    if fold == -1:
+        return {"train": [], "dev": [], "test": list(corpus.utterances)}
     folds = sorted({utterance.fold for utterance in corpus.utterances})
     if fold not in folds:
         raise ConfigError(f"data.fold={fold} is not one of the folds {folds} in {corpus.root}")

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     release = _read(args)
     if not release.utterances:
         raise DataError(f"{args.root}: no utterance in {release.description}")
-    corpus = Corpus(args.out, release.utterances, args.root, release.description)
+    corpus = Corpus(args.out, release.utterances, args.root, release.description, release.labels)
     paths = {u.id: corpus.path(u) for u in release.utterances}
     _assert_no_pointers(paths, args.root)
     _make(args.out)

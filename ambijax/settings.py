@@ -78,6 +78,7 @@ def check(config: ConfigDict) -> None:
         len(set(c.data.labels)) == len(c.data.labels) >= 2, f"data.labels={c.data.labels} must be distinct, two or more"
     )
     need(c.data.dev in ("next_fold", "groups"), f"data.dev={c.data.dev!r} must be next_fold or groups")
+    need(c.data.fold >= 0, f"data.fold={c.data.fold} must be the number of a fold")
     need(c.data.gold_label in ("argmax", "sample"), f"data.gold_label={c.data.gold_label!r} must be argmax or sample")
     need(0 <= c.optim.warmup < 1, f"optim.warmup={c.optim.warmup} must be a fraction of the steps in [0, 1)")
     need(c.optim.learning_rate > 0, f"optim.learning_rate={c.optim.learning_rate} must be positive")

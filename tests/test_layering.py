@@ -27,6 +27,7 @@ LAYERS = [
     ["convert", "checkpoint", "policy", "data"],
     ["features", "algorithms", "settings"],
     ["assemble", "update"],
+    ["predictions", "canaries"],
     ["evaluate"],
     ["train", "predict", "prepare", "curate", "tiny.make"],
 ]

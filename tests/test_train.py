@@ -112,7 +112,7 @@ def test_swapped_audio_is_heard(grpoz):
     code, _, err = _run("ambijax.evaluate", "--run", workdir, "--swap_audio")
     assert code == 0, err
     own = _lines(workdir / "eval/test/predictions.jsonl")
-    swapped = _lines(workdir / "eval/test-swapped/predictions.jsonl")
+    swapped = _lines(workdir / "eval/test-swap_audio/predictions.jsonl")
     assert sum(a["reasoning"] != b["reasoning"] for a, b in zip(own, swapped, strict=True)) >= len(own) // 2
 
 

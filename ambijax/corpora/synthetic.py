@@ -286,4 +286,4 @@ def _write(root: Path, spec: Spec) -> None:
                 gender=people[index].gender,
             )
         )
-    manifest.write(manifest.Corpus(root, tuple(utterances)))
+    manifest.write(manifest.Corpus(root, tuple(utterances), labels=tuple(spec.labels)))
