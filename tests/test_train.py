@@ -101,6 +101,7 @@ def test_only_adapters_are_trained(grpoz):
 def test_evaluate_reproduces_the_runs_own_numbers(grpoz):
     workdir, _ = grpoz
     before = json.loads((workdir / "eval/test/summary.json").read_text())
+    (workdir / "eval/test/predictions.jsonl").unlink()  # else it would only read what is there
     code, out, err = _run("ambijax.evaluate", "--run", workdir)
     assert code == 0, err
     assert "prior" in out
