@@ -145,6 +145,30 @@ def test_samples_follow_the_distribution(model, variables):
     assert scipy.stats.chisquare(observed, wanted).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("vocabulary", [5, 256, 700])  # less than a block, a block, the last block not full
+def test_a_draw_inverts_the_cumulative_distribution(vocabulary):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(50, vocabulary)).astype(np.float32)
+    p = scipy.special.softmax(logits.astype(np.float64), axis=-1)
+    block, within = np.divmod(np.array([rng.choice(vocabulary, p=row) for row in p]), 256)
+    masses = np.add.reduceat(p, np.arange(0, vocabulary, 256), axis=-1)
+    # The middle of what each drawn token owns of the unit square must lead back to it.
+    first = np.cumsum(masses, axis=-1)[np.arange(50), block] - masses[np.arange(50), block] / 2
+    share = np.array([row[256 * b : 256 * b + 256] / m[b] for row, m, b in zip(p, masses, block, strict=True)], object)
+    second = np.array([np.cumsum(s)[w] - s[w] / 2 for s, w in zip(share, within, strict=True)])
+    token, log_sum = policy.categorical(logits, np.stack([first, second], -1).astype(np.float32))
+    np.testing.assert_array_equal(token, 256 * block + within)
+    np.testing.assert_allclose(log_sum, scipy.special.logsumexp(logits, axis=-1), rtol=1e-5)
+
+
+def test_a_draw_at_the_edges_takes_no_impossible_word():
+    # With uniforms in [0, 1) and 'the first above', zero would take word 0 and rounding the padding after the last.
+    logits = np.full((2, 600), -np.inf, np.float32)
+    logits[:, 300:500] = np.random.default_rng(0).normal(size=(2, 200))
+    u = np.array([[2.0**-24, 2.0**-24], [1.0, 1.0]], np.float32)
+    np.testing.assert_array_equal(policy.categorical(logits, u)[0], [300, 499])
+
+
 def test_mask_ends_with_the_end_token(model, variables):
     rolled = _rollout(model, variables, small.prompts(4), samples=64, temperature=1.0)
     tokens, mask = np.asarray(rolled.completions.tokens), np.asarray(rolled.completions.mask)
@@ -225,7 +249,7 @@ def test_an_anchor_in_the_last_slot_is_read_out(model, variables):
 
 def test_forced_read_out_follows_the_completion_without_its_end(model, variables):
     prompt = small.prompts(2)
-    rolled = _rollout(model, variables, prompt, samples=8, temperature=1.0)
+    rolled = _rollout(model, variables, prompt, samples=8, temperature=1.0, seed=1)
     assert rolled.forced.all()
     assert rolled.ended.any()
     assert not rolled.ended.all()
