@@ -63,10 +63,11 @@ def corpus(config: FrozenConfigDict) -> manifest.Corpus:
     """The configured corpus; a synthetic one is written when it is not there."""
     d = config.data
     if d.corpus == "synthetic":
+        if d.like not in synthetic.LIKE:
+            raise ConfigError(f"data.like={d.like!r} must be one of {', '.join(synthetic.LIKE)}")
         spec = dataclasses.replace(
-            synthetic.CREMAD_LIKE,
+            synthetic.LIKE[d.like],
             seed=d.seed,
-            labels=tuple(d.labels),
             speakers=d.speakers,
             clips_per_speaker=d.clips_per_speaker,
         )

@@ -68,7 +68,7 @@ def check(config: ConfigDict) -> None:
 
     known = ("sft", "dpo", "grpo", "grpoz")
     need(c.algorithm in known, f"algorithm={c.algorithm!r} must be one of {', '.join(known)}")
-    need(c.steps >= 1, f"steps={c.steps} must be at least 1")
+    need(c.steps >= 0, f"steps={c.steps} must not be negative; 0 evaluates the start")
     need(c.model.dtype in ("float32", "bfloat16"), f"model.dtype={c.model.dtype!r} must be float32 or bfloat16")
     need(hasattr(jax.checkpoint_policies, c.model.remat), f"model.remat={c.model.remat!r} is no jax.checkpoint policy")
     need(c.lora.rank >= 1, f"lora.rank={c.lora.rank} must be at least 1")

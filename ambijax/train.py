@@ -49,6 +49,8 @@ def train(config: FrozenConfigDict, workdir: Path) -> None:
         def save(step: int, state: TrainState) -> None:
             saved.save(step, state, meta, metric=None)
 
+        if config.steps == 0:
+            save(0, state)
         state = loop(setting, sets["train"], state, frozen, optimizer, save, workdir)
         saved.wait()
         print(report(setting, optim.merge(state.trained, frozen), sets, workdir))
@@ -101,7 +103,7 @@ def report(setting: Setting, variables: dict, sets: dict[str, Dataset], workdir:
     """Evaluates base and trained on the test split; returns their table beside the floors."""
     test, title = sets["test"], algorithm_title(setting.config)
     rows = evaluate.floors(sets["train"].target, test.target)
-    if not assemble.trains_base(setting.config):  # else the base is gone
+    if setting.config.eval.base and not assemble.trains_base(setting.config):  # else the base is gone
         rows["base"] = evaluate.run(
             setting, {"params": variables["params"]}, test, workdir / "eval" / "test-base", "base"
         )
@@ -111,6 +113,8 @@ def report(setting: Setting, variables: dict, sets: dict[str, Dataset], workdir:
 
 
 def algorithm_title(config: FrozenConfigDict) -> str:
+    if config.steps == 0:
+        return "start"
     return {"grpoz": "GRPOz"}.get(config.algorithm, config.algorithm.upper())
 
 

@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--speakers", type=int)
     parser.add_argument("--clips_per_speaker", type=int)
     flags = parser.parse_args()
-    spec = {"cremad": synthetic.CREMAD_LIKE, "iemocap": synthetic.IEMOCAP_LIKE}[flags.like]
+    spec = synthetic.LIKE[flags.like]
     asked = {name: getattr(flags, name) for name in ("speakers", "clips_per_speaker") if getattr(flags, name)}
     spec = dataclasses.replace(spec, **asked)
 

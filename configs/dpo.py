@@ -21,7 +21,7 @@ def get_config(corpus: str = "cremad") -> ConfigDict:
     c.dpo.tau = 0.1  # bits: a roll-out is rejected when JS(p, phat) > tau; unknown
     c.dpo.negatives = "worst"  # worst | random | all of those above tau; unknown
     c.dpo.beta = 0.1  # unknown; the value of the DPO paper
-    if corpus == "tiny":
+    if corpus.startswith("tiny"):
         c.steps = 60
         c.data.batch_size = 8
         c.optim.learning_rate = 1e-3  # a model this small takes far larger steps

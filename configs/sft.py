@@ -17,7 +17,7 @@ def get_config(corpus: str = "cremad") -> ConfigDict:
     c.algorithm = "sft"
     c.optim.learning_rate = 1e-4  # paper
     c.lora.dropout = 0.05  # unknown
-    if corpus == "tiny":
+    if corpus.startswith("tiny"):
         c.steps = 120
         c.data.batch_size = 16
         c.optim.learning_rate = 2e-3  # a model this small takes far larger steps

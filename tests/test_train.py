@@ -203,13 +203,13 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(tmp_path, corpus):
         (["--workdir=W"], 2, "--config is missing"),
         (["--config=configs/sft.py:tiny"], 2, "--workdir is missing"),
         (["--config=configs/nope.py", "--workdir=W"], 2, "No such file or directory: 'configs/nope.py"),
-        (["--config=configs/sft.py:tony", "--workdir=W"], 2, "no variant 'tony'; choose one of tiny, cremad, iemocap"),
+        (["--config=configs/sft.py:tony", "--workdir=W"], 2, "no variant 'tony'; choose one of tiny, tiny_iemocap,"),
         (["--config=configs/sft.py:tiny", "--workdir=W", "--config.optim.lerning_rate=1"], 2, "Did you mean"),
         (["--config=configs/sft.py:tiny", "--workdir=W", "--config.steps=many"], 2, "steps"),
         (
-            ["--config=configs/sft.py:tiny", "--workdir=W", "--config.steps=0", "--config.log_every=0"],
+            ["--config=configs/sft.py:tiny", "--workdir=W", "--config.steps=-1", "--config.log_every=0"],
             2,
-            "steps=0 must be at least 1; log_every=0",
+            "steps=-1 must not be negative; 0 evaluates the start; log_every=0",
         ),
         (["--config=configs/grpoz.py:tiny", "--workdir=W", "--config.grpo.samples=1"], 2, "a group needs at least 2"),
         (["--config=configs/sft.py:cremad", "--workdir=W"], 2, "no model at Qwen2-Audio-7B-Instruct"),
@@ -238,9 +238,9 @@ def test_a_workdir_of_another_experiment_is_refused(grpoz, corpus):
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "grpo", "grpoz", "pretrain"])
-@pytest.mark.parametrize("variant", ["tiny", "cremad", "iemocap"])
+@pytest.mark.parametrize("variant", ["tiny", "tiny_iemocap", "cremad", "iemocap"])
 def test_every_config_loads(name, variant):
-    if (name, variant) in {("pretrain", "cremad"), ("pretrain", "iemocap")}:
+    if (name, variant) in {("pretrain", v) for v in ("tiny_iemocap", "cremad", "iemocap")}:
         pytest.skip("the tiny model is made on the tiny corpus only")
     config, _ = settings.parse(["train", f"--config=configs/{name}.py:{variant}", "--workdir=unused"])
     assert config.algorithm == name.replace("pretrain", "sft")

@@ -141,6 +141,9 @@ IEMOCAP_LIKE = Spec(
 )
 
 
+LIKE = {"cremad": CREMAD_LIKE, "iemocap": IEMOCAP_LIKE}
+
+
 @dataclasses.dataclass(frozen=True)
 class Clip:
     """One clip before it is a file."""
