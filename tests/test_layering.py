@@ -30,6 +30,11 @@ LAYERS = [
     ["predictions", "canaries"],
     ["evaluate"],
     ["train", "predict", "prepare", "curate", "tiny.make"],
+    ["report.runs"],
+    ["report.style"],
+    ["report.figures"],
+    ["report.clips", "report.page"],
+    ["report.__main__"],
 ]
 ROW = {name: i for i, row in enumerate(LAYERS) for name in row}
 

@@ -1,0 +1,1 @@
+"""Run directories -> one page to look at, and its figures as files: `python -m ambijax.report RUN [RUN ...]`."""

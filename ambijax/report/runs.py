@@ -1,0 +1,262 @@
+"""A run directory as the report reads it. It may be somebody else's: nothing of it is executed, all of it is checked.
+
+Run       one run directory: settings, curves, predictions of the split, roll-outs
+System    what is compared: the base or a trained model, and its predictions
+Report    the runs, the systems in the order of every legend, the clips they were asked about
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from ambijax import manifest, settings
+from ambijax.errors import AmbijaxError, ConfigError, DataError
+from ambijax.train import algorithm_title
+
+BASE = "base"
+_NUMBERS = ("js", "format", "tokens")  # fields of a prediction that must be one
+_SUM = 1e-3  # a written distribution may miss one by this much
+ROLLOUTS = 24  # groups shown, spread evenly over the training
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """One run directory."""
+
+    directory: Path
+    title: str  # GRPOz
+    config: FrozenConfigDict
+    environment: dict
+    curves: list[dict]  # a logged step each
+    labels: tuple[str, ...]  # the classes of the predictions; on another corpus fewer than in the settings
+    rollouts: list[dict]  # a group each, some of all
+    after: list[dict]  # predictions of the trained model
+    before: list[dict]  # of its base; empty where the base itself was trained
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class System:
+    """Predictions under one name."""
+
+    name: str
+    base: bool
+    records: list[dict]
+
+    @functools.cached_property
+    def target(self) -> np.ndarray:
+        """Soft labels [N, K]."""
+        return np.array([record["target"] for record in self.records], np.float64)
+
+    @functools.cached_property
+    def readout(self) -> np.ndarray:
+        """Read-outs [N, K]."""
+        return np.array([record["readout"] for record in self.records], np.float64)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Report:
+    """All that the page shows."""
+
+    runs: list[Run]
+    systems: list[System]  # bases first
+    labels: tuple[str, ...]
+    split: str
+    corpus: manifest.Corpus | None  # None: not on this machine
+    train_target: np.ndarray | None  # soft labels of the training split [M, K]
+
+    @functools.cached_property
+    def clips(self) -> dict[str, dict]:
+        """id -> a record of the clip, the first system's that has it."""
+        found: dict[str, dict] = {}
+        for system in self.systems:
+            for record in system.records:
+                found.setdefault(record["id"], record)
+        return found
+
+    @property
+    def before_after(self) -> list[tuple[System, System]]:
+        """(base, trained) of each run that has both, in the order of the runs."""
+        named = {id(system.records): system for system in self.systems}
+        found = []
+        for run in self.runs:
+            base = next((s for s in self.systems if s.base and s.records == run.before), None)
+            if base:
+                found.append((base, named[id(run.after)]))
+        return found
+
+
+def read(directories: Sequence[Path], split: str, corpus: Path | None) -> Report:
+    """Reads run directories that answer for the same classes.
+
+    Args:
+      directories: written by ambijax.train.
+      split: which of their evaluations: test, dev, or the name of another corpus.
+      corpus: where the manifest lies now; None: where the first run's settings say.
+
+    Raises:
+      ConfigError: no run directory, or not evaluated yet, or of different classes.
+      DataError: a file of it is broken; names the line.
+    """
+    runs = [_run(directory, split) for directory in directories]
+    first = runs[0]
+    for run in runs[1:]:
+        if run.labels != first.labels:
+            raise ConfigError(
+                f"{run.directory} predicts {', '.join(run.labels)}, but {first.directory} {', '.join(first.labels)}; "
+                "give each its own report"
+            )
+    return Report(runs, _systems(runs), first.labels, split, *_corpus(first, corpus))
+
+
+def _run(directory: Path, split: str) -> Run:
+    config = settings.load(directory)
+    after = directory / "eval" / split / "predictions.jsonl"
+    before = directory / "eval" / f"{split}-base" / "predictions.jsonl"
+    if not after.is_file():
+        raise ConfigError(
+            f"{directory} is not evaluated yet: {after} does not exist; let its training finish, "
+            f"or python -m ambijax.evaluate --run {directory} --split {split}"
+        )
+    if not after.stat().st_size:
+        raise DataError(f"{after} holds no prediction; evaluate the run again")
+    labels = _labels(after.with_name("summary.json"), config)
+    k = len(labels)
+    environment = _object(directory / "env.json")
+    return Run(
+        directory=directory,
+        title=algorithm_title(config),
+        config=config,
+        environment=environment,
+        curves=[line for _, line in _lines(directory / "metrics.jsonl") if _finite(line.get("step"))],
+        labels=labels,
+        rollouts=_spread(directory / "samples.jsonl", len(config.data.labels)),
+        after=[_prediction(line, where, k) for where, line in _lines(after)],
+        before=[_prediction(line, where, k) for where, line in _lines(before)] if before.is_file() else [],
+    )
+
+
+def _labels(summary: Path, config: FrozenConfigDict) -> tuple[str, ...]:
+    """The classes an evaluation was read out over."""
+    labels = _object(summary).get("labels", list(config.data.labels))
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels) or len(labels) < 2:
+        raise DataError(f"{summary}: labels must be two class words or more, got {labels!r:.60}")
+    return tuple(labels)
+
+
+def _object(path: Path) -> dict:
+    """The JSON object in a file; {} where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """(file:line, object) of every line; a last line that is cut, as a kill leaves it, ends the file."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                if not line.endswith("\n"):
+                    return
+                raise DataError(f"{where}: not JSON ({error}); evaluate the run again") from None
+            if not isinstance(record, dict):
+                raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}")
+            yield where, record
+
+
+def _prediction(record: dict, where: str, k: int) -> dict:
+    """The record, once it is sure that everything the report reads is there and is what it should be."""
+    for name in ("id", "speaker", "reasoning"):
+        if not isinstance(record.get(name), str):
+            raise DataError(f"{where}: {name} must be text, got {record.get(name)!r:.60}; evaluate the run again")
+    for name in _NUMBERS:
+        if not _finite(record.get(name)):
+            raise DataError(f"{where}: {name} must be a number, got {record.get(name)!r:.60}; evaluate the run again")
+    for name in ("target", "readout"):
+        _distribution(record.get(name), f"{where}: {name}", k)
+    if record.setdefault("js_gold") is not None and not _finite(record["js_gold"]):
+        raise DataError(f"{where}: js_gold must be a number or null, got {record['js_gold']!r:.60}")
+    votes = record.get("votes")
+    if not isinstance(votes, dict) or not all(_finite(count) for count in votes.values()):
+        raise DataError(f"{where}: votes must be counts of annotators, got {votes!r:.60}; evaluate the run again")
+    return record
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _distribution(value: object, what: str, k: int) -> None:
+    if not isinstance(value, list) or len(value) != k or not all(_finite(p) and p >= 0 for p in value):
+        raise DataError(f"{what} must be {k} probabilities, got {value!r:.60}; evaluate the run again")
+    if abs(sum(value) - 1) > _SUM:
+        raise DataError(f"{what} sums to {sum(value):.4f}, not to one; evaluate the run again")
+
+
+def _spread(path: Path, k: int) -> list[dict]:
+    """Some groups of roll-outs, the first and the last among them; a file of gigabytes is read line by line."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        count = sum(1 for _ in file)
+    wanted = set(np.linspace(0, count - 1, min(ROLLOUTS, count)).astype(int).tolist())
+    groups = []
+    for number, (where, record) in enumerate(_lines(path)):
+        if number not in wanted:
+            continue
+        if not isinstance(record.get("id"), str) or not isinstance(record.get("group"), list):
+            raise DataError(f"{where}: a group of roll-outs has an id and a group")
+        for member in record["group"]:
+            if not isinstance(member, dict):
+                raise DataError(f"{where}: a member of a group must be an object")
+            if "readout" in member:
+                _distribution(member["readout"], f"{where}: readout", k)
+        groups.append(record)
+    return groups
+
+
+def _systems(runs: list[Run]) -> list[System]:
+    """What to compare: the bases, alike ones once, then what was trained from them."""
+    titles = [run.title for run in runs]
+    names = [
+        title if titles.count(title) == 1 else f"{title} {run.directory.name}"
+        for title, run in zip(titles, runs, strict=True)
+    ]
+    if len(set(names)) < len(names):
+        names = [f"{name} ({run.directory})" for name, run in zip(names, runs, strict=True)]
+    bases: list[System] = []
+    for name, run in zip(names, runs, strict=True):
+        if run.before and all(run.before != base.records for base in bases):
+            bases.append(System(f"{BASE} of {name}" if bases else BASE, True, run.before))
+    return bases + [System(name, False, run.after) for name, run in zip(names, runs, strict=True)]
+
+
+def _corpus(run: Run, given: Path | None) -> tuple[manifest.Corpus | None, np.ndarray | None]:
+    """The corpus with its sound, and the training votes of the run's own: where this machine has them."""
+    data = run.config.data
+    try:
+        corpus = manifest.read(given or Path(data.root))
+    except AmbijaxError:
+        if given:
+            raise
+        return None, None
+    if run.labels != tuple(data.labels) or data.fold not in {u.fold for u in corpus.utterances}:
+        return corpus, None  # another corpus: none of it was trained on
+    train = manifest.split(corpus, data.fold, data.dev)["train"]
+    return corpus, manifest.soft_labels(train, data.labels)

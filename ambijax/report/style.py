@@ -1,0 +1,116 @@
+"""One look for all figures: matplotlib draws each of them once, for the PNG and SVG files and for the page.
+
+The page has a light and a dark theme, so `themed` turns the colours of an SVG into the CSS variables that `page.css`
+defines for both. The series colours are Okabe and Ito's, which the colour-blind tell apart.
+"""
+
+import io
+import re
+import warnings
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK, MUTED, LINE = "#1b2430", "#5d6877", "#dfe3e8"
+HUMAN = "#39424e"  # what the annotators say
+_BASE = ("#e69f00", "#9a6a00", "#c9b458")
+_TRAINED = ("#0072b2", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#7a5bb5")
+MOST = len(_TRAINED)  # runs that can still be told apart
+
+_VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", HUMAN: "human"}
+_VARIABLES |= {color: f"base{i}" for i, color in enumerate(_BASE)}
+_VARIABLES |= {color: f"trained{i}" for i, color in enumerate(_TRAINED)}
+
+STYLE = {
+    "font.size": 9.5,
+    "font.family": "DejaVu Sans",
+    "text.color": INK,
+    "text.parse_math": False,  # a speaker may be called $x$
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "figure.constrained_layout.use": True,
+    "svg.fonttype": "none",  # text stays text
+    "savefig.dpi": 200,
+}
+
+
+def variable(color: str) -> str:
+    """The CSS variable of a colour, without its dashes: what the page's script and style call it."""
+    return _VARIABLES[color]
+
+
+def base(index: int) -> str:
+    """The colour of the i-th base."""
+    return _BASE[index % len(_BASE)]
+
+
+def trained(index: int) -> str:
+    """The colour of the i-th trained model."""
+    return _TRAINED[index % len(_TRAINED)]
+
+
+def tidy(axes: Axes, *, grid: str) -> None:
+    """Keeps the grid lines across one axis ('x', 'y', 'both' or 'none') and the spine of the other."""
+    axes.grid(False)
+    if grid != "none":
+        axes.grid(True, axis=grid)
+    for side in {"x": ("left", "bottom"), "y": ("left",), "both": (), "none": ("left", "bottom")}[grid]:
+        axes.spines[side].set_visible(False)
+
+
+def short(text: str, most: int = 22) -> str:
+    """A name that fits beside an axis; what cannot be printed is replaced."""
+    text = "".join(c if c.isprintable() else "�" for c in text)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def save(figure: Figure, name: str) -> tuple[bytes, str]:
+    """(PNG, SVG) of a figure; equal figures give equal files."""
+    png, svg = io.BytesIO(), io.StringIO()
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # names in scripts the font lacks are boxes in the PNG
+        figure.savefig(png, format="png", facecolor="white", metadata={"Software": None})
+        figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    return png.getvalue(), svg.getvalue()
+
+
+def themed(svg: str, title: str) -> str:
+    """The SVG as an element of the page: no style attributes, which its security policy refuses, and themed colours."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' style="([^"]*)"', _attributes, svg)
+    used = set(re.findall(r"(?:url\(#|href=\"#)([^\")]+)", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used or m[1].startswith("points-") else "", svg)
+    for color, name in _VARIABLES.items():
+        svg = svg.replace(color, f"var(--{name})")
+    size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', svg)
+    return svg.replace(size[0], f'role="img" aria-label="{title}"', 1)
+
+
+def _attributes(match: re.Match) -> str:
+    """style="fill: red; font: 9px 'DejaVu Sans'" as fill="red" font-size="9px"; the typeface is the page's."""
+    found = []
+    for part in match[1].split(";"):
+        name, _, value = (piece.strip() for piece in part.partition(":"))
+        if name == "font":
+            weight = "bold " in value
+            found.append(f'font-size="{re.search(r"[0-9.]+px", value)[0]}"' + ' font-weight="bold"' * weight)
+        elif name:
+            found.append(f'{name}="{value}"')
+    return "".join(f" {attribute}" for attribute in found)

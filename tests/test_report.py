@@ -1,0 +1,231 @@
+"""The report: what it says of a run, what it refuses, and that what a run says stays text."""
+
+import base64
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import scipy.spatial
+import scipy.stats
+
+from ambijax.errors import ConfigError, DataError
+from ambijax.report import runs as reading
+from tests import runs
+
+pytest.importorskip("matplotlib", reason="the report draws with matplotlib: pip install -e '.[report]'")
+from ambijax.report import __main__ as report
+
+HOSTILE = "</script><script>window.taken = 1</script><img src=x onerror='window.taken = 1'>\u2028$\\frac$ --><!--"
+
+
+def _write(directories, out, **options) -> str:
+    report.write(list(directories), out, **({"split": "test", "corpus": None, "embed_audio": False} | options))
+    return (out / "index.html").read_text(encoding="utf-8")
+
+
+def _data(page: str) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def _csv(path: Path) -> list[dict]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, Path, str]:
+    """(run directory, report directory, page) of a run on twelve clips."""
+    root = tmp_path_factory.mktemp("report")
+    run = runs.run(root / "run", runs.corpus(root / "corpus", 12))
+    return run, root / "out", _write([run], root / "out")
+
+
+def _records(run: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (run / "eval" / name / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_every_figure_is_there_as_picture_and_as_numbers(made):
+    _, out, page = made
+    names = {path.stem for path in (out / "figures").iterdir()}
+    assert {"learning_curves", "reliability", "js_against_entropy", "confusion", "speakers", "slices"} <= names
+    for name in names:
+        assert (out / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert ElementTree.parse(out / "figures" / f"{name}.svg").getroot().tag.endswith("svg")
+        assert _csv(out / "figures" / f"{name}.csv")
+        assert f'href="figures/{name}.csv"' in page
+
+
+def test_js_against_entropy_is_scipys(made):
+    run, out, _ = made
+    rows = {(row["system"], row["id"]): row for row in _csv(out / "figures/js_against_entropy.csv")}
+    for name, system in (("test-base", "base"), ("test", "GRPOz")):
+        for record in _records(run, name):
+            row = rows[system, record["id"]]
+            js = scipy.spatial.distance.jensenshannon(record["target"], record["readout"], base=2) ** 2
+            assert float(row["js"]) == pytest.approx(js, abs=1e-9)
+            assert float(row["entropy"]) == pytest.approx(scipy.stats.entropy(record["target"], base=2), abs=1e-6)
+
+
+def test_confusion_counts_every_clip_once(made):
+    run, out, _ = made
+    rows = [row for row in _csv(out / "figures/confusion.csv") if row["system"] == "GRPOz"]
+    assert sum(int(row["clips"]) for row in rows) == 12
+    hits = sum(int(row["clips"]) for row in rows if row["majority vote"] == row["likeliest class"])
+    assert hits == sum(np.argmax(r["target"]) == np.argmax(r["readout"]) for r in _records(run, "test"))
+
+
+def test_reliability_adds_up_to_the_calibration_error(made):
+    """ECE from the figure's table equals the definition, clip by clip, with the same bins."""
+    run, out, _ = made
+    rows = [row for row in _csv(out / "figures/reliability.csv") if row["system"] == "GRPOz"]
+    drawn = sum(int(r["clips"]) * abs(float(r["accuracy"]) - float(r["confidence"])) for r in rows) / 12
+    bins: dict[int, list[float]] = {}
+    for r in _records(run, "test"):
+        confidence = max(r["readout"])
+        gap = (np.argmax(r["target"]) == np.argmax(r["readout"])) - confidence
+        bins.setdefault(int(np.ceil(confidence * 10)), []).append(gap)
+    assert drawn == pytest.approx(sum(abs(sum(gaps)) for gaps in bins.values()) / 12)
+
+
+def test_the_page_holds_the_predictions_before_and_after(made):
+    run, _, page = made
+    data = _data(page)
+    assert [system["name"] for system in data["systems"]] == ["base", "GRPOz"]
+    assert [clip["id"] for clip in data["clips"]] == [record["id"] for record in _records(run, "test")]
+    for clip, before, after in zip(data["clips"], _records(run, "test-base"), _records(run, "test"), strict=True):
+        np.testing.assert_allclose(clip["predictions"][0]["readout"], before["readout"], atol=1e-4)
+        np.testing.assert_allclose(clip["predictions"][1]["readout"], after["readout"], atol=1e-4)
+    assert data["rollouts"][0]["members"][2]["gold"]
+
+
+def test_sound_is_linked_and_embedded_only_on_request(made, tmp_path):
+    run, out, page = made
+    for clip in _data(page)["clips"]:
+        assert (out / clip["audio"]).resolve().is_file()
+        assert len(base64.b64decode(clip["mel"])) == clip["columns"] * clip["bands"]
+    assert "data:audio" not in page
+    embedded = _data(_write([run], tmp_path / "out", embed_audio=True))["clips"][0]["audio"]
+    kind, _, content = embedded.partition(",")
+    assert kind == "data:audio/wav;base64"
+    assert base64.b64decode(content) == (out / _data(page)["clips"][0]["audio"]).read_bytes()
+
+
+def test_equal_runs_give_equal_reports(made, tmp_path):
+    run, out, page = made
+    again = out.parent / "again"  # beside the first, so that relative links are the same
+    assert _write([run], again) == page
+    assert all(
+        (again / "figures" / path.name).read_bytes() == path.read_bytes() for path in (out / "figures").iterdir()
+    )
+
+
+def test_hostile_text_cannot_leave_its_place(tmp_path):
+    corpus = runs.corpus(tmp_path / "corpus", 6, hostile=HOSTILE)
+    page = _write([runs.run(tmp_path / "run", corpus, hostile=HOSTILE)], tmp_path / "out")
+    assert page.count("<script") == 2  # the data and the page's own
+    assert page.count("</script") == 2
+    assert "<img" not in page
+    assert not re.search(r"<[^>]*\s(style|on\w+)=", re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL))
+    assert _data(page)["clips"][0]["transcript"] == f"It is 0.{HOSTILE}"
+    outside = re.findall(r"https?://[^\"' ]+", re.sub(r"<script.*</script>", "", page, flags=re.DOTALL))
+    assert {url.split("/")[2] for url in outside} == {"www.w3.org"}  # the namespaces of SVG
+
+
+def test_the_policy_allows_one_script_one_style_and_no_connection(made):
+    _, _, page = made
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    assert re.fullmatch(r"'sha256-[\w+/=]+'", rules["script-src"])
+    assert re.fullmatch(r"'sha256-[\w+/=]+'", rules["style-src"])
+    assert "connect-src" not in rules
+
+
+def test_several_runs_share_their_base(made, tmp_path):
+    run, _, _ = made
+    corpus = reading.read([run], "test", None).corpus
+    dpo = runs.run(tmp_path / "dpo", corpus, "dpo")  # the same seed: the same base
+    other = runs.run(tmp_path / "sft", corpus, "sft", seed=1)
+    found = reading.read([run, dpo, other], "test", None)
+    assert [s.name for s in found.systems] == ["base", "base of SFT", "GRPOz", "DPO", "SFT"]
+    assert [(a.name, b.name) for a, b in found.before_after] == [
+        ("base", "GRPOz"),
+        ("base", "DPO"),
+        ("base of SFT", "SFT"),
+    ]
+
+
+def test_without_its_corpus_a_run_is_reported_without_sound(made, tmp_path, capsys):
+    run = tmp_path / "moved"
+    subprocess.run(["cp", "-r", made[0], run], check=True)
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["root"] = "gone"
+    (run / "config.json").write_text(json.dumps(config))
+    page = _write([run], tmp_path / "out")
+    assert "--corpus" in capsys.readouterr().out
+    assert {clip["audio"] for clip in _data(page)["clips"]} == {None}
+    page = _write([run], tmp_path / "out", corpus=made[0].parent / "corpus")
+    assert all(clip["audio"] for clip in _data(page)["clips"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("eval/test/predictions.jsonl", None, "not evaluated yet"),
+        ("config.json", None, "not a run directory"),
+        ("eval/test/predictions.jsonl", "{}\n", "predictions.jsonl:1: id must be text"),
+        ("eval/test/predictions.jsonl", "[1]\n", "predictions.jsonl:1: expected a JSON object"),
+        ("eval/test/predictions.jsonl", "nonsense\n", "predictions.jsonl:1: not JSON"),
+        ("eval/test/predictions.jsonl", "", "holds no prediction"),
+        ("eval/test/summary.json", '{"labels": 3}', "labels must be"),
+    ],
+)
+def test_a_bad_run_is_one_line(made, tmp_path, name, text, says):
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", made[0], run], check=True)
+    (run / name).unlink(missing_ok=True)
+    if text is not None:
+        (run / name).write_text(text)
+    with pytest.raises((ConfigError, DataError), match=re.escape(says)) as error:
+        _write([run], tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [[0.5, 0.5], [1.0, 1.0, 0, 0, 0, 0], [float("nan")] * 6, "x", [-1, 2, 0, 0, 0, 0]])
+def test_a_read_out_that_is_no_distribution_is_refused(made, tmp_path, value):
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", made[0], run], check=True)
+    records = _records(run, "test")
+    records[3]["readout"] = value
+    runs.lines(run / "eval/test/predictions.jsonl", records)
+    with pytest.raises(DataError, match=r"predictions.jsonl:4: readout"):
+        _write([run], tmp_path / "out")
+
+
+def test_a_killed_trainings_last_line_is_left_out(made, tmp_path):
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", made[0], run], check=True)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "lo')
+    assert len(reading.read([run], "test", None).runs[0].curves) == 20
+
+
+def test_runs_of_other_classes_are_not_mixed(made, tmp_path):
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", made[0], run], check=True)
+    (run / "eval/test/summary.json").write_text(json.dumps({"labels": ["calm", "tense", "a", "b", "c", "d"]}))
+    with pytest.raises(ConfigError, match="give each its own report"):
+        _write([made[0], run], tmp_path / "out")
+
+
+def test_the_command_needs_matplotlib_and_says_so(made, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "argv", ["report", str(made[0]), "--out", str(tmp_path / "out")])
+    with pytest.raises(ConfigError, match=r"pip install 'ambijax\[report\]'"):
+        report.main()
