@@ -95,14 +95,15 @@ def datasets(setting: Setting, params: dict, names: tuple[str, ...], *, edit: Ed
       setting: the run's.
       params: base weights, whose audio tower listens.
       names: which splits.
-      edit: applied to each split's utterances first, as a control does that swaps their sounds.
+      edit: applied to the utterances of these splits first, as a control does that swaps their sounds.
 
     Raises:
       ConfigError, DataError: the corpus is missing, broken, or leaks speakers between splits.
     """
     d = setting.config.data
     everything = corpus(setting.config)
-    parts = {name: edit(utterances) for name, utterances in splits(setting.config, everything).items()}
+    parts = splits(setting.config, everything)
+    parts |= {name: edit(parts[name]) for name in names}
     live = trains_tower(setting.config)
     sounds = features.compute(
         everything,

@@ -87,21 +87,14 @@ class Dataset:
     def batch(self, indices: Sequence[int]) -> Batch:
         """Prompts with their gold trajectories (G = 1) and soft labels, numpy arrays."""
         examples = [self.examples[i] for i in indices]
-        lengths = np.array([len(e.gold) for e in examples])
-        anchors = np.array([e.anchor for e in examples], np.int32)
-        steps = np.arange(self.max_tokens)
-        mask = steps < lengths[:, None]
-        ce_mask = mask & np.array([e.reasoned for e in examples])[:, None]
+        gold = completions([(e.gold, e.anchor) for e in examples], self.max_tokens, self.pad)
+        ce_mask = gold.mask & np.array([e.reasoned for e in examples])[:, None, None]
         if not self.label_in_ce:
-            ce_mask &= steps != anchors[:, None] + 1  # the class word follows the anchor
+            ce_mask &= np.arange(self.max_tokens) != gold.anchor[..., None] + 1  # the class word follows the anchor
         return Batch(
             prompt=self.prompts(indices),
-            gold=Completions(
-                tokens=_pad([e.gold for e in examples], self.max_tokens, self.pad)[:, None],
-                mask=mask[:, None],
-                anchor=anchors[:, None],
-            ),
-            ce_mask=ce_mask[:, None],
+            gold=gold,
+            ce_mask=ce_mask,
             target=np.stack([e.target for e in examples]),
         )
 
@@ -138,6 +131,16 @@ def prompts(
         mask=np.arange(length) < lengths[:, None],
         example=np.array(numbers, np.int32),
         **heard,
+    )
+
+
+def completions(written: Sequence[tuple[np.ndarray, int]], length: int, pad: int) -> Completions:
+    """Token ids and their anchors, one a prompt (G = 1), as numpy arrays."""
+    lengths = np.array([len(ids) for ids, _ in written])
+    return Completions(
+        tokens=_pad([ids for ids, _ in written], length, pad)[:, None],
+        mask=(np.arange(length) < lengths[:, None])[:, None],
+        anchor=np.array([anchor for _, anchor in written], np.int32)[:, None],
     )
 
 

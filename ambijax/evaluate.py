@@ -1,27 +1,51 @@
-"""A run on a split -> predictions.jsonl + summary.json, and a table against the floors.
+"""A run, or a bare checkpoint, on a split -> predictions.jsonl + summary.json, and a table between floors and ceilings.
 
-    python -m ambijax.evaluate --run runs/tiny [--split dev] [--base] [--swap_audio]
+    python -m ambijax.evaluate --run runs/tiny [--split dev] [--base] [--slices] [--calibrate]
+    python -m ambijax.evaluate --run runs/tiny --samples 8 --temperature 1.0
+    python -m ambijax.evaluate --run runs/tiny --swap_audio | --swap_transcript | --shuffle_cot
     python -m ambijax.evaluate --run runs/sft_cremad --corpus data/iemocap [--fold 0]
+    python -m ambijax.evaluate --checkpoint Audio-Reasoner --config configs/sft.py:cremad --workdir runs/audio_reasoner
 
 Prediction is free-running: the model writes its chain of thought greedily, the distribution is read out after it.
 Another corpus is read out over the classes it shares with the run's own; without --fold all of it is tested on.
+Everything goes to eval/ in the run's directory (docs/evaluation.md).
 """
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from ambijax import assemble, audio, canaries, emotions, errors, journal, manifest, metrics, predictions, settings
+from ambijax import (
+    assemble,
+    audio,
+    bounds,
+    calibration,
+    canaries,
+    emotions,
+    errors,
+    journal,
+    manifest,
+    metrics,
+    predictions,
+    settings,
+    significance,
+    slices,
+)
 from ambijax.algorithms import Setting
 from ambijax.data import Dataset
 from ambijax.errors import ConfigError
+from ambijax.predictions import GREEDY, Decoding
+from ambijax.workdir import check_writable
 
 COLUMNS = {
     "JS ↓": "js",
+    "JS gold ↓": "js_gold",  # teacher-forced: after the curated reasoning, which was written knowing the votes
     "BC ↑": "bc",
     "R2 ↑": "r2",
     "Brier ↓": "brier",
@@ -44,34 +68,73 @@ def summarise(records: list[dict]) -> dict[str, float]:
     }
 
 
-def floors(train_target: np.ndarray, target: np.ndarray) -> dict[str, dict[str, float]]:
-    """What needs no model: the uniform distribution, and the mean of the training votes."""
-    n, k = target.shape
-    return {
-        "uniform": metrics.summary(target, metrics.uniform(n, k)),
-        "prior": metrics.summary(target, metrics.prior(train_target, n)),
-    }
+def intervals(records: list[dict], config: FrozenConfigDict) -> dict[str, list[float]]:
+    """Bootstrap interval of each measure's mean, over utterances or over speakers as eval.cluster says."""
+    values = metrics.per_utterance(*(np.array([r[key] for r in records]) for key in ("target", "readout")))
+    speakers = np.array([r["speaker"] for r in records]) if config.eval.cluster == "speaker" else None
+    how = {"seed": 0, "samples": config.eval.resamples, "level": config.eval.level, "clusters": speakers}
+    return {name: list(significance.interval(value, **how)) for name, value in values.items()}
 
 
-def run(setting: Setting, variables: dict, dataset: Dataset, directory: Path, name: str) -> dict:
-    """Predicts a split and writes `directory/{predictions.jsonl,summary.json}`; returns the summary."""
-    records = predictions.collect(setting, variables, dataset, directory, name)
-    summary = summarise(records) | about(setting.config, dataset)
-    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return summary
+def floors(config: FrozenConfigDict, train: Sequence, test: Sequence) -> dict[str, dict[str, float]]:
+    """What `test` utterances allow without a model; nothing to train on makes their own mean the prior."""
+    return bounds.bounds(train or test, test, config.data.labels, draws=config.eval.draws)
 
 
-def about(config: FrozenConfigDict, dataset: Dataset) -> dict:
-    """What a reader of summary.json must know besides the metrics."""
-    return {
-        "algorithm": config.algorithm,
+def run(
+    setting: Setting,
+    variables: dict,
+    dataset: Dataset,
+    directory: Path,
+    name: str,
+    *,
+    rows: dict[str, dict],
+    base: bool,
+    decoding: Decoding = GREEDY,
+    after: Sequence[dict] = (),
+    temperature: float | None = None,
+    left_out: int = 0,
+) -> dict:
+    """Predicts a split and writes `directory/{predictions.jsonl,summary.json}`; returns the summary.
+
+    Args:
+      setting: the run's.
+      variables: the policy's weights.
+      dataset: the split.
+      directory: where both files go.
+      name: of the progress bar.
+      rows: of `floors`, for the summary.
+      base: whether these are weights that nothing was trained in.
+      decoding: how the model reasons.
+      after: as in `predictions.collect`.
+      temperature: of the calibrated read-out, which is reported apart; None: there is none.
+      left_out: utterances of the split that nobody gave one of these classes.
+    """
+    config = setting.config
+    records = predictions.collect(setting, variables, dataset, directory, name, decoding=decoding, after=after)
+    resamples = {"seed": 0, "samples": config.eval.resamples, "level": config.eval.level}
+    summary = summarise(records) | {
+        "algorithm": "base" if base else config.algorithm,
         "seed": config.seed,
         "labels": list(config.data.labels),
         "root": str(dataset.root.resolve()),
         "split": dataset.split,
         "fold": config.data.fold if config.data.fold >= 0 else None,
         "commit": journal.commit(),
+        "left_out": left_out,
+        "intervals": intervals(records, config),
+        "bounds": rows,
+        "slices": slices.slices(records, **resamples),
+        "calibrated": None if temperature is None else calibrated(records, temperature),
     }
+    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def calibrated(records: list[dict], temperature: float) -> dict[str, float]:
+    """The metrics at another temperature, and that temperature."""
+    p, q = (np.array([r[key] for r in records]) for key in ("target", "readout"))
+    return metrics.summary(p, calibration.apply(q, temperature)) | {"temperature": temperature}
 
 
 def table(rows: dict[str, dict]) -> str:
@@ -79,8 +142,8 @@ def table(rows: dict[str, dict]) -> str:
     width = max(map(len, rows)) + 2
     lines = [" " * width + "".join(f"{column:>12}" for column in COLUMNS)]
     for name, summary in rows.items():
-        cells = [f"{summary[key]:>12.3f}" if key in summary else f"{'':>12}" for key in COLUMNS.values()]
-        lines.append(f"{name:<{width}}" + "".join(cells))
+        values = [summary.get(key) for key in COLUMNS.values()]
+        lines.append(f"{name:<{width}}" + "".join(f"{'':>12}" if v is None else f"{v:>12.3f}" for v in values))
     return "\n".join(lines)
 
 
@@ -106,51 +169,134 @@ def on_corpus(config: FrozenConfigDict, corpus: manifest.Corpus, fold: int | Non
     return FrozenConfigDict(changed)
 
 
+# The command ---------------------------------------------------------------------------------------------------------
+
+CONTROLS = {"swap_audio": canaries.swap_audio, "swap_transcript": canaries.swap_transcript}
+
+
 def main() -> None:
-    args = _parse()
-    config = settings.load(args.run)
-    name, edit = args.split, list
-    if args.corpus:
-        corpus = manifest.read(args.corpus)
-        config = on_corpus(config, corpus, args.fold)
-        name = corpus.root.resolve().name + f"-{args.split}{args.fold}" * (args.fold is not None)
-        left = len(corpus.utterances) - len(manifest.voted(corpus.utterances, config.data.labels))
-        print(f"{name}: {', '.join(config.data.labels)}; {left} utterances without a vote on them are left out")
-    if args.swap_audio:
-        edit = canaries.swap_audio
-    name += "-base" * args.base + "-swap_audio" * args.swap_audio
+    args, rest = _parse()
+    if args.run:
+        config, workdir = settings.load(args.run), args.run
+    else:
+        config, workdir = settings.parse([sys.argv[0], *rest, f"--config.model.checkpoint={args.checkpoint}"])
+        if (workdir / "checkpoints").exists():
+            raise ConfigError(f"{workdir} holds a trained run; choose another --workdir for {args.checkpoint}")
+        check_writable(workdir)
+        settings.save(config, workdir)
     setting = assemble.setting(config)
     with jax.set_mesh(setting.mesh):
-        variables = assemble.trained(setting, args.run)
-        test = assemble.datasets(
-            setting,
-            variables["params"],
-            (args.split,),
-            edit=lambda utterances: edit(manifest.voted(utterances, config.data.labels)),
-        )[args.split]
-        if args.base:
-            variables = {"params": variables["params"]}
-        summary = run(setting, variables, test, args.run / "eval" / name, name)
-    train = assemble.splits(config, assemble.corpus(config))["train"] or test.utterances
-    prior = manifest.soft_labels(manifest.voted(train, config.data.labels), config.data.labels)
-    print(table(floors(prior, test.target) | {name: summary}))
-    print(f"written to {args.run / 'eval' / name}")
+        base = args.base or not args.run
+        variables = {"params": assemble.base(setting)} if base else assemble.trained(setting, workdir)
+        temperature = _temperature(setting, variables, workdir, args, base) if args.calibrate else None
+        if args.corpus:
+            setting = assemble.setting(on_corpus(config, manifest.read(args.corpus), args.fold))
+        name, summary = _evaluate(setting, variables, workdir, args, base, temperature)
+    rows = summary["bounds"] | {name: summary}
+    if summary["calibrated"]:
+        rows[f"{name}, T = {temperature:.2f}"] = summary["calibrated"]
+    print(f"{summary['clips']} clips, {summary['left_out']} left out without a vote on {', '.join(summary['labels'])}")
+    print(table(rows))
+    low, high = summary["intervals"]["js"]
+    print(f"JS {low:.3f} to {high:.3f} ({setting.config.eval.level:.0%} interval over {setting.config.eval.cluster}s)")
+    if args.slices:
+        print("\n" + slices.table(summary["slices"]))
+    print(f"written to {workdir / 'eval' / name}")
 
 
-def _parse() -> argparse.Namespace:
+def _evaluate(
+    setting: Setting, variables: dict, workdir: Path, args: argparse.Namespace, base: bool, temperature: float | None
+) -> tuple[str, dict]:
+    """The name and the summary of what the arguments ask for."""
+    config, labels = setting.config, setting.config.data.labels
+    parts = assemble.splits(config, assemble.corpus(config))
+    voted = {split: manifest.voted(utterances, labels) for split, utterances in parts.items()}
+    control = CONTROLS.get(args.control, list)
+    test = assemble.datasets(
+        setting, variables["params"], (args.split,), edit=lambda utterances: control(manifest.voted(utterances, labels))
+    )[args.split]
+    name = _name(args)
+    decoding = Decoding(args.samples, args.temperature)
+    after = []
+    if args.control == "shuffle_cot":
+        if not config.data.cot:
+            raise ConfigError("--shuffle_cot needs a chain of thought; this run answers without one (data.cot=False)")
+        plain = _name(args, control=None)
+        own = predictions.collect(setting, variables, test, workdir / "eval" / plain, plain, decoding=decoding)
+        after = canaries.rotated(own)
+    directory = workdir / "eval" / name
+    rows = floors(config, voted["train"], voted[args.split])
+    how = {"decoding": decoding, "after": after, "temperature": temperature}
+    how["left_out"] = len(parts[args.split]) - len(test)
+    return name, run(setting, variables, test, directory, name, rows=rows, base=base, **how)
+
+
+def _temperature(setting: Setting, variables: dict, workdir: Path, args: argparse.Namespace, base: bool) -> float:
+    """Fitted on the dev split of the run's own corpus."""
+    dev = assemble.datasets(setting, variables["params"], ("dev",))["dev"]
+    name = _name(args, split="dev", corpus=None, control=None)
+    decoding = Decoding(args.samples, args.temperature)
+    records = predictions.collect(setting, variables, dev, workdir / "eval" / name, name, decoding=decoding)
+    return calibration.fit(*(np.array([r[key] for r in records]) for key in ("target", "readout")))
+
+
+def _name(args: argparse.Namespace, **changes: str | None) -> str:
+    """The directory under eval/ for what the arguments ask for."""
+    a = argparse.Namespace(**vars(args) | changes)
+    where = a.split
+    if a.corpus:
+        where = (a.corpus.parent if a.corpus.is_file() else a.corpus).resolve().name
+        where += f"-{a.split}{a.fold}" if a.fold is not None else ""
+    sampled = f"-{a.samples}samples-T{a.temperature:g}" if a.temperature else ""
+    return where + "-base" * a.base + sampled + (f"-{a.control}" if a.control else "")
+
+
+def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="python -m ambijax.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, required=True, help="run directory written by ambijax.train")
-    parser.add_argument("--split", choices=("train", "dev", "test"), default="test")
-    parser.add_argument("--corpus", type=Path, help="another corpus: a manifest, or the directory it lies in")
-    parser.add_argument("--fold", type=int, help="with --corpus: the fold to test on; all of the corpus without it")
-    parser.add_argument("--base", action="store_true", help="evaluate the model without its adapters")
-    parser.add_argument("--swap_audio", action="store_true", help="control: every clip is heard with another's sound")
-    args = parser.parse_args()
-    if args.fold is not None and not args.corpus:
-        raise ConfigError(f"--fold={args.fold} belongs to --corpus: a run has seen the other folds of its own")
-    if args.corpus and args.fold is None and args.split != "test":
-        raise ConfigError(f"--split={args.split} of another corpus needs its --fold; without one all of it is tested")
-    return args
+    add = parser.add_argument
+    add("--run", type=Path, help="run directory written by ambijax.train")
+    add(
+        "--checkpoint", type=Path, help="a model no run has trained; takes --config and --workdir as ambijax.train does"
+    )
+    add("--split", choices=("train", "dev", "test"), default="test")
+    add("--corpus", type=Path, help="another corpus: a manifest, or the directory it lies in")
+    add("--fold", type=int, help="with --corpus: the fold to test on; all of the corpus without it")
+    add("--base", action="store_true", help="evaluate the model without what the run trained")
+    add("--samples", type=int, default=1, help="chains of thought a clip; their distributions are averaged")
+    add("--temperature", type=float, default=0.0, help="of sampling them; 0 is greedy")
+    add("--calibrate", action="store_true", help="also report a temperature fitted on the dev split")
+    add("--slices", action="store_true", help="print the metrics by ambiguity, annotators, speaker and gender")
+    for control, what in (
+        ("swap_audio", "control: every clip is heard with another's sound"),
+        ("swap_transcript", "control: every clip is shown with another's words"),
+        ("shuffle_cot", "control: the read-out after what the model wrote about another clip"),
+    ):
+        add(f"--{control}", action="append_const", dest="controls", const=control, help=what)
+    args, rest = parser.parse_known_args()
+    controls = args.controls or [None]
+    args.control = controls[0]
+    wrong = [
+        (bool(args.run) == bool(args.checkpoint), "give either --run or --checkpoint"),
+        (bool(args.run and rest), f"unknown argument {' '.join(rest)}; a run brings its own config"),
+        (
+            args.fold is not None and not args.corpus,
+            "--fold belongs to --corpus: a run has been trained on the other folds of its own",
+        ),
+        (
+            bool(args.corpus) and args.fold is None and args.split != "test",
+            f"--split={args.split} of another corpus needs --fold; without it all of the corpus is the test split",
+        ),
+        (args.samples < 1 or args.temperature < 0, "--samples must be at least 1 and --temperature not negative"),
+        (
+            args.samples > 1 and args.temperature == 0,
+            "--samples needs a --temperature: greedy samples are all the same",
+        ),
+        (args.calibrate and args.split == "dev" and not args.corpus, "--calibrate fits on dev: report another split"),
+        (len(controls) > 1, f"one control at a time, not {' and '.join(map(str, controls))}"),
+    ]
+    if found := [message for holds, message in wrong if holds]:
+        raise ConfigError("; ".join(found))
+    return args, rest
 
 
 if __name__ == "__main__":

@@ -105,23 +105,25 @@ def summary(p: np.ndarray, q: np.ndarray) -> dict[str, float]:
     >>> round(summary(p, np.array([[0.5, 0.25, 0.125, 0.125]]))["js"], 6)
     0.137925
     """
-    divergence = js(p, q)
-    measures = {
-        "js": divergence,
-        "bc": bc(p, q),
-        "r2": r2(p, q),
-        "brier": brier(p, q),
+    each = per_utterance(p, q)
+    measures = each | {
         "kl": kl(p, q),
-        "js_nats": divergence * np.log(2),
-        "js_sqrt": np.sqrt(divergence),
-        "brier_sum": brier(p, q) * np.shape(p)[-1],
+        "js_nats": each["js"] * np.log(2),
+        "js_sqrt": np.sqrt(each["js"]),
+        "brier_sum": each["brier"] * np.shape(p)[-1],
         "ece": ece(p, q),
         "entropy_correlation": entropy_correlation(p, q),
-        "accuracy": accuracy(p, q),
         "weighted_f1": weighted_f1(p, q),
         "uar": uar(p, q),
     }
     return {name: float(np.mean(values)) for name, values in measures.items()}
+
+
+def per_utterance(p: np.ndarray, q: np.ndarray) -> dict[str, np.ndarray]:
+    """The paper's measures and whether the likeliest class is the majority vote, [N] each, of p and q [N, K]."""
+    true, predicted = _hard(p, q)
+    measures = {"js": js(p, q), "bc": bc(p, q), "r2": r2(p, q), "brier": brier(p, q)}
+    return measures | {"accuracy": (true == predicted).astype(float)}
 
 
 def uniform(n: int, k: int) -> np.ndarray:

@@ -16,16 +16,17 @@ goes on where it was killed, at a whole batch, so that every bit is as in one go
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 import tqdm
 
-from ambijax import algorithms, assemble, convert, journal, manifest, metrics, sharding
+from ambijax import algorithms, assemble, convert, data, journal, manifest, metrics, prompt, reasoning, sharding
 from ambijax.algorithms import Setting
 from ambijax.data import Dataset
+from ambijax.structs import Completions, Prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,48 +40,84 @@ class Decoding:
 GREEDY = Decoding()
 
 
-def predict(
-    setting: Setting, variables: dict, dataset: Dataset, name: str, decoding: Decoding = GREEDY, first: int = 0
-) -> Iterator[list[dict]]:
-    """The records of a split, a batch at a time and in order, with a progress bar named `name`.
+def collect(
+    setting: Setting,
+    variables: dict,
+    dataset: Dataset,
+    directory: Path,
+    name: str,
+    *,
+    decoding: Decoding = GREEDY,
+    after: Sequence[dict] = (),
+) -> list[dict]:
+    """All records of a split; computes and writes those that are not yet in `directory/predictions.jsonl`.
 
     Args:
       setting: the run's.
       variables: the policy's weights.
       dataset: the split.
-      name: of the bar.
-      decoding: what to read out after.
-      first: index of the utterance to begin with.
+      directory: where the records go.
+      name: of the progress bar.
+      decoding: how the model reasons.
+      after: records of the split in any order, whose reasonings are read out after instead, one an utterance.
     """
     size = sharding.round_up(setting.config.eval.batch_size, setting.mesh)
-    key = jax.random.key(setting.config.seed)  # the roll-out folds in the number of the example and of the sample
+    path = directory / "predictions.jsonl"
+    records = _begun(directory, _origin(setting, variables, dataset, decoding, after))
+    if len(records) < len(dataset):
+        records = records[: len(records) // size * size]
+    else:
+        tqdm.tqdm.write(f"{name}: {len(records)} predictions are in {path} already; remove it to predict anew")
+    path.write_text("".join(map(_line, records)), encoding="utf-8")
+    with path.open("a", encoding="utf-8") as file:
+        for batch in _predict(setting, variables, dataset, name, decoding, after, len(records)):
+            file.writelines(map(_line, batch))
+            file.flush()
+            records += batch
+    return records
+
+
+def read(directory: Path) -> list[dict]:
+    """The whole lines of `directory/predictions.jsonl`; none where there is no such file."""
+    path = directory / "predictions.jsonl"
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines, which parts reasonings at U+2028
+    return [json.loads(line) for line in lines[:-1]]  # a killed process may have cut the last one
+
+
+def _predict(
+    setting: Setting,
+    variables: dict,
+    dataset: Dataset,
+    name: str,
+    decoding: Decoding,
+    after: Sequence[dict],
+    first: int,
+) -> Iterator[list[dict]]:
+    """The records from utterance `first` on, a batch at a time and in order."""
+    size = sharding.round_up(setting.config.eval.batch_size, setting.mesh)
     bar = tqdm.tqdm(total=len(dataset), initial=first, desc=name, unit="clip", mininterval=1.0)
     for start in range(first, len(dataset), size):
         wanted = [min(start + i, len(dataset) - 1) for i in range(size)]  # the last batch is filled up: one shape
         batch = dataset.batch(wanted)
         placed = sharding.place(batch, setting.mesh)
-        rolled = setting.rollout(variables, placed.prompt, key, decoding.samples, decoding.temperature)
-        judged = algorithms.judge(setting, sharding.fetch(rolled), batch.target)
-        after_gold = setting.score(variables, placed.prompt, placed.gold, {}).readout
-        readout = judged.readout.mean(axis=1)
-        readout_gold = setting.distribution(sharding.fetch(after_gold)[:, 0])
-        js, js_gold = metrics.js(batch.target, readout), metrics.js(batch.target, readout_gold)
+        if after:
+            reasoned = _given(setting, variables, placed.prompt, [after[i] for i in wanted])
+        else:
+            reasoned = _own(setting, variables, placed.prompt, batch.target, decoding)
+        readout_gold = _read_out(setting, variables, placed.prompt, placed.gold)
+        js_gold = metrics.js(batch.target, readout_gold)
         records = []
         for row, index in enumerate(wanted[: len(dataset) - start]):
-            curated = dataset.examples[index].reasoned
+            p, curated = batch.target[row], dataset.examples[index].reasoned
             records.append(
                 _described(dataset.utterances[index], setting.vocabulary.labels)
-                | {
-                    "target": batch.target[row].tolist(),
-                    "readout": readout[row].tolist(),
-                    "js": js[row].item(),
-                    "reasoning": judged.texts[row][0],
-                    "format": judged.fmt[row].mean().item(),
-                    "forced": judged.forced[row].mean().item(),
-                    "tokens": judged.lengths[row].mean().item(),
-                    "readout_gold": readout_gold[row].tolist() if curated else None,
-                    "js_gold": js_gold[row].item() if curated else None,
-                }
+                | {"target": p.tolist()}
+                | reasoned[row]
+                | {"js": float(metrics.js(p, reasoned[row]["readout"]))}
+                | {"readout_gold": readout_gold[row].tolist() if curated else None}
+                | {"js_gold": js_gold[row].item() if curated else None}
             )
         yield records
         bar.update(len(records))
@@ -99,34 +136,45 @@ def _described(utterance: manifest.Utterance, labels: tuple[str, ...]) -> dict:
     }
 
 
-def collect(
-    setting: Setting, variables: dict, dataset: Dataset, directory: Path, name: str, decoding: Decoding = GREEDY
-) -> list[dict]:
-    """All records of a split; writes those that are not yet in `directory/predictions.jsonl`."""
-    size = sharding.round_up(setting.config.eval.batch_size, setting.mesh)
-    path = directory / "predictions.jsonl"
-    records = _begun(directory, origin(setting, variables, dataset, decoding))
-    if len(records) < len(dataset):
-        records = records[: len(records) // size * size]
-    else:
-        tqdm.tqdm.write(f"{name}: {len(records)} predictions are in {path} already; remove it to predict anew")
-    lines = [_line(record) for record in records]
-    path.write_text("".join(lines), encoding="utf-8")
-    with path.open("a", encoding="utf-8") as file:
-        for batch in predict(setting, variables, dataset, name, decoding, first=len(records)):
-            file.writelines(map(_line, batch))
-            file.flush()
-            records += batch
-    return records
+def _own(setting: Setting, variables: dict, asked: Prompt, target: np.ndarray, decoding: Decoding) -> list[dict]:
+    """What the model writes, and the read-out after it."""
+    key = jax.random.key(setting.config.seed)  # the roll-out folds in the number of the example and of the sample
+    rolled = setting.rollout(variables, asked, key, decoding.samples, decoding.temperature)
+    judged = algorithms.judge(setting, sharding.fetch(rolled), target)
+    return [
+        {
+            "readout": judged.readout[row].mean(axis=0).tolist(),
+            "reasoning": judged.texts[row][0],
+            "format": judged.fmt[row].mean().item(),
+            "forced": judged.forced[row].mean().item(),
+            "tokens": judged.lengths[row].mean().item(),
+        }
+        for row in range(len(target))
+    ]
 
 
-def read(directory: Path) -> list[dict]:
-    """The whole lines of `directory/predictions.jsonl`; none where there is no such file."""
-    path = directory / "predictions.jsonl"
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines, which parts reasonings at U+2028
-    return [json.loads(line) for line in lines[:-1]]  # a killed process may have cut the last one
+def _given(setting: Setting, variables: dict, asked: Prompt, others: Sequence[dict]) -> list[dict]:
+    """The read-out after reasonings of other records, put in the model's mouth."""
+    v = setting.vocabulary
+    room = setting.config.data.max_tokens + len(v.forced_anchor) + 2  # the anchor may be appended; class word and end
+    written = []
+    for other in others:
+        ids, anchor = prompt.encode_gold(v, reasoning.split_answer(other["reasoning"])[0], v.labels[0])
+        if len(ids) > room:  # special tokens that the model wrote are spelled out, and longer so
+            ids = ids[: room - len(v.forced_anchor) - 2] + ids[-len(v.forced_anchor) - 2 :]
+            anchor = room - 3
+        written.append((np.array(ids, np.int32), anchor))
+    completions = data.completions(written, room, v.endoftext)
+    readout = _read_out(setting, variables, asked, sharding.place(completions, setting.mesh))
+    kept = ("reasoning", "format", "forced", "tokens")
+    return [
+        {"readout": q.tolist()} | {key: other[key] for key in kept} for q, other in zip(readout, others, strict=True)
+    ]
+
+
+def _read_out(setting: Setting, variables: dict, asked: Prompt, completions: Completions) -> np.ndarray:
+    """phat after one given completion of each prompt, [B, K]."""
+    return setting.distribution(sharding.fetch(setting.score(variables, asked, completions, {}).readout)[:, 0])
 
 
 def _line(record: dict) -> str:
@@ -145,7 +193,7 @@ def _begun(directory: Path, wanted: dict) -> list[dict]:
     return []
 
 
-def origin(setting: Setting, variables: dict, dataset: Dataset, decoding: Decoding) -> dict:
+def _origin(setting: Setting, variables: dict, dataset: Dataset, decoding: Decoding, after: Sequence[dict]) -> dict:
     """All that a prediction depends on."""
     trained = hashlib.sha256()
     if not assemble.trains_base(setting.config):
@@ -158,7 +206,12 @@ def origin(setting: Setting, variables: dict, dataset: Dataset, decoding: Decodi
         "base": convert.digest(setting.config.model.checkpoint),
         "trained": trained.hexdigest(),
         "split": dataset.split,
-        "utterances": hashlib.sha256(json.dumps(spoken).encode()).hexdigest(),
+        "utterances": _sha256(spoken),
         "decoding": dataclasses.asdict(decoding),
+        "after": _sha256([record["reasoning"] for record in after]) if after else None,
         "config": setting.config.to_dict(),
     }
+
+
+def _sha256(value: list) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -87,6 +87,9 @@ def check(config: ConfigDict) -> None:
     need(c.readout.temperature > 0, f"readout.temperature={c.readout.temperature} must be positive")
     need(c.checkpoint.every >= 1 and c.checkpoint.keep >= 1, "checkpoint.every and checkpoint.keep must be at least 1")
     need(c.eval.batch_size >= 1, f"eval.batch_size={c.eval.batch_size} must be at least 1")
+    need(c.eval.resamples >= 1 and c.eval.draws >= 1, "eval.resamples and eval.draws must be at least 1")
+    need(0 < c.eval.level < 1, f"eval.level={c.eval.level} must be in (0, 1)")
+    need(c.eval.cluster in ("utterance", "speaker"), f"eval.cluster={c.eval.cluster!r} must be utterance or speaker")
     need(c.log_every >= 1, f"log_every={c.log_every} must be at least 1")
     if c.algorithm in ("grpo", "grpoz"):
         need(c.grpo.samples >= 2, f"grpo.samples={c.grpo.samples}: a group needs at least 2")

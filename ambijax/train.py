@@ -102,12 +102,12 @@ def loop(
 def report(setting: Setting, variables: dict, sets: dict[str, Dataset], workdir: Path) -> str:
     """Evaluates base and trained on the test split; returns their table beside the floors."""
     test, title = sets["test"], algorithm_title(setting.config)
-    rows = evaluate.floors(sets["train"].target, test.target)
+    floors = evaluate.floors(setting.config, sets["train"].utterances, test.utterances)
+    rows = dict(floors)
     if setting.config.eval.base and not assemble.trains_base(setting.config):  # else the base is gone
-        rows["base"] = evaluate.run(
-            setting, {"params": variables["params"]}, test, workdir / "eval" / "test-base", "base"
-        )
-    rows[title] = evaluate.run(setting, variables, test, workdir / "eval" / "test", title)
+        start, where = {"params": variables["params"]}, workdir / "eval" / "test-base"
+        rows["base"] = evaluate.run(setting, start, test, where, "base", rows=floors, base=True)
+    rows[title] = evaluate.run(setting, variables, test, workdir / "eval" / "test", title, rows=floors, base=False)
     held_out = len({u.speaker for u in test.utterances})
     return f"\n{len(test)} clips of {held_out} held-out speakers\n{evaluate.table(rows)}"
 

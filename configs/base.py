@@ -68,6 +68,10 @@ def get_config(corpus: str) -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.batch_size = 16  # clips at once
     c.eval.max_clips = -1  # of the test split; -1: all
+    c.eval.resamples = 2000  # bootstrap draws; the ends of a 95 % interval then move by 2 % of its width
+    c.eval.level = 0.95  # of confidence
+    c.eval.cluster = "utterance"  # what is drawn: utterance, or speaker with all he says (from ten speakers on)
+    c.eval.draws = 100  # random halves and panels of an utterance's annotators, for the human ceiling
     c.eval.base = True  # also evaluate the base without adapters; a table needs that once, not in every run
 
     c.log_every = 10  # steps
