@@ -10,6 +10,7 @@ PACKAGE = Path(ambijax.__file__).parent
 # One row a layer; within a row modules may not import each other.
 LAYERS = [
     ["errors"],
+    ["hosts"],
     ["emotions", "workdir", "digest", "journal"],
     ["audio", "reasoning"],
     ["acoustics", "structs", "sharding", "losses", "metrics", "manifest", "significance", "calibration"],

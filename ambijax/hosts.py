@@ -1,0 +1,259 @@
+"""The processes of a run: how they find each other, which one writes, and how they stop together.
+
+    one machine                      a cluster of one, on a free port of the loopback
+    SLURM, TPU VM, GKE, Open MPI     as `jax.distributed` detects them
+    anything else                    JAX_COORDINATOR_ADDRESS=host:port JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0
+
+Every process runs the same program. Process 0 writes files and prints, all of them compute, and a process reads only the
+examples whose rows its devices hold (`sharding.rows`). One that fails tells the others why, so that nobody waits in a
+collective for somebody who is gone; one that falls silent is named by the others after a heartbeat.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax._src import distributed  # the key-value store that every process sees has no public name
+from jax.experimental import multihost_utils
+
+from ambijax import errors
+
+PERIOD = 2.0  # seconds between signs of life, at most
+
+_polls = itertools.count()
+_wish = threading.Event()  # a cluster of one: somebody asked this process to leave
+
+
+@contextlib.contextmanager
+def cluster(heartbeat: int, start: int) -> Iterator[None]:
+    """Joins the processes of this run before any device is touched; inside, no failure leaves the others waiting.
+
+    Args:
+      heartbeat: seconds without a sign of life after which a process counts as dead.
+      start: seconds to wait for all processes at the beginning.
+    """
+    connect(heartbeat, start)
+    if distributed.global_state.num_processes == 1:
+        yield
+        return
+    watch = _Watch(heartbeat)
+    try:
+        yield
+    except errors.Preempted:  # all leave at the same step
+        watch.done()
+        raise
+    except BaseException as error:
+        if not isinstance(error, errors.AmbijaxError | KeyboardInterrupt):
+            time.sleep(heartbeat + 2 * watch.period)  # another's death may be the reason: then the watch names it
+        watch.leave(error)
+    watch.done()
+
+
+def connect(heartbeat: int, start: int) -> None:
+    """`jax.distributed.initialize` with what the environment says, or as a cluster of one; a second call does nothing.
+
+    Raises:
+      ConfigError: the others are not there in time, or the description of the cluster is incomplete.
+    """
+    if jax.distributed.is_initialized():
+        return
+    # jax's own heartbeat aborts without a name, between half its time-out and all of it: ours comes before.
+    common = {"heartbeat_timeout_seconds": 2 * heartbeat + 10, "initialization_timeout": start}
+    jax.config.update("jax_check_proxy_envs", False)  # dealt with by _no_proxy
+    try:
+        if (place := _given()) is not None:
+            _no_proxy(place["coordinator_address"])
+            jax.distributed.initialize(**place, **common)
+        elif not _detected(common):
+            alone = f"127.0.0.1:{_free_port()}"
+            _no_proxy(alone)
+            jax.distributed.initialize(
+                alone, 1, 0, coordinator_bind_address=alone, cluster_detection_method="deactivate", **common
+            )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise errors.ConfigError(f"the processes of this run did not find each other in {start} s: {reason}") from None
+    state = distributed.global_state
+    if state.num_processes == 1:
+        signal.signal(signal.SIGTERM, lambda *_: _wish.set())  # at once, where jax's service looks each second
+    else:
+        print(f"{_name()} of {state.num_processes} joined {state.coordinator_address}")
+
+
+def is_main() -> bool:
+    """Whether this process writes files and prints: process 0."""
+    return jax.process_index() == 0
+
+
+def leave_requested() -> bool:
+    """Whether the run shall stop here; every process must ask equally often and hears yes at the same question.
+
+    It becomes true after SIGTERM to any of them; Ctrl-C is for the caller, who may pass it on as a SIGTERM to itself.
+    """
+    if not jax.distributed.is_initialized() or distributed.global_state.num_processes == 1:
+        return _wish.is_set()
+    return multihost_utils.reached_preemption_sync_point(next(_polls))
+
+
+def gather(rows: np.ndarray, records: list) -> list:
+    """One JSON-ready record for each of this process's rows -> those of all rows, in order, in every process."""
+    if jax.process_count() == 1:
+        return records
+    numbered = [[int(row), record] for row, record in zip(rows, records, strict=True)]
+    mine = np.frombuffer(json.dumps(numbered).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array([len(mine)], np.int32)).reshape(-1)
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(mine)] = mine
+    everyone = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(lengths), -1)
+    found = {}
+    for text, length in zip(everyone, lengths, strict=True):
+        found |= {row: record for row, record in json.loads(text[:length].tobytes())}
+    return [found[row] for row in sorted(found)]
+
+
+def mean(values: dict[str, float]) -> dict[str, float]:
+    """Means over this process's rows -> means over all rows; all processes hold equally many."""
+    if jax.process_count() == 1 or not values:
+        return values
+    mine = np.array([float(value) for value in values.values()])
+    bits = multihost_utils.process_allgather(mine.view(np.uint32))  # jax would round float64 to float32
+    everyone = np.asarray(bits).reshape(jax.process_count(), -1).view(np.float64)
+    return dict(zip(values, everyone.mean(axis=0).tolist(), strict=True))
+
+
+class _Watch:
+    """Says "I am alive" to the others and listens for them, in two threads of its own.
+
+    The store under ambijax/: who/P names process P, beat/P changes while it lives, left/P says how it ended.
+    """
+
+    def __init__(self, heartbeat: float) -> None:
+        state = distributed.global_state
+        self._client, self._me, self._heartbeat = state.client, state.process_id, heartbeat
+        self.period = min(PERIOD, heartbeat / 10)
+        self._seen: dict[str, str] = {}  # the store, as last read
+        self._heard = dict.fromkeys(range(state.num_processes), time.monotonic())
+        self._write("who", _name())
+        for job in (self._beat, self._judge):
+            threading.Thread(target=job, name=f"watch{job.__name__}", daemon=True).start()
+
+    def done(self) -> None:
+        """This process ends as it should: whoever is still busy must not miss it."""
+        self._write("left", "done")
+
+    def leave(self, error: BaseException) -> None:
+        """Tells the others, and ends this process without waiting for them. Does not return."""
+        code = error.exit_code if isinstance(error, errors.AmbijaxError) else 1
+        if isinstance(error, errors.AmbijaxError | KeyboardInterrupt):
+            print(f"ambijax: {str(error) or 'interrupted'}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        with contextlib.suppress(RuntimeError, ValueError):  # the coordinator may be gone
+            self._write("left", json.dumps([code, " ".join(str(error).split()) or type(error).__name__]))
+        self._exit(code)
+
+    def _exit(self, code: int) -> None:
+        if self._me == 0:  # the store lives here: the others must have read it
+            time.sleep(2 * self.period)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # no shutdown barrier: it would wait for those who are gone
+
+    def _write(self, what: str, value: str) -> None:
+        self._client.key_value_set(f"ambijax/{what}/{self._me}", value, allow_overwrite=True)
+
+    def _beat(self) -> None:
+        for beat in itertools.count():
+            try:
+                self._write("beat", str(beat))
+                found = dict(self._client.key_value_dir_get("ambijax/"))
+            except (RuntimeError, ValueError):
+                return  # the coordinator is gone; _judge names it
+            now = time.monotonic()
+            for process in self._heard:
+                key = f"ambijax/beat/{process}"
+                if found.get(key) != self._seen.get(key) or found.get(f"ambijax/left/{process}") == "done":
+                    self._heard[process] = now
+            self._seen = found
+            time.sleep(self.period)
+
+    def _judge(self) -> None:
+        while True:
+            time.sleep(self.period)
+            now, seen = time.monotonic(), self._seen
+            for process in set(self._heard) - {self._me}:
+                who = seen.get(f"ambijax/who/{process}", f"process {process}")
+                left = seen.get(f"ambijax/left/{process}", "done")
+                if left != "done":
+                    code, reason = json.loads(left)
+                    print(f"ambijax: {who} stopped: {reason}", file=sys.stderr)
+                    self._exit(code)
+            silent = [process for process, heard in self._heard.items() if now - heard > self._heartbeat]
+            if silent:
+                lost = [0] if self._me in silent else silent  # nothing heard of oneself: the store itself is silent
+                who = ", ".join(seen.get(f"ambijax/who/{process}", f"process {process}") for process in lost)
+                gone = f"{who}: no sign of life for {self._heartbeat:g} s"
+                print(f"ambijax: {gone}; start the run again, it resumes from its last checkpoint", file=sys.stderr)
+                self._exit(errors.Preempted.exit_code)
+
+
+def _given() -> dict | None:
+    """The cluster as the environment describes it, None where it says nothing."""
+    names = {
+        "coordinator_address": "JAX_COORDINATOR_ADDRESS",
+        "num_processes": "JAX_NUM_PROCESSES",
+        "process_id": "JAX_PROCESS_ID",
+    }
+    found = {key: os.environ[name] for key, name in names.items() if name in os.environ}
+    if "num_processes" not in found and "process_id" not in found:
+        return None
+    missing = [name for key, name in names.items() if key not in found]
+    if missing:
+        raise errors.ConfigError(f"{', '.join(missing)} is not set; a cluster by hand needs {', '.join(names.values())}")
+    try:
+        numbers = {key: int(found[key]) for key in ("num_processes", "process_id")}
+    except ValueError:
+        raise errors.ConfigError("JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers") from None
+    if not 0 <= numbers["process_id"] < numbers["num_processes"]:
+        raise errors.ConfigError(
+            f"JAX_PROCESS_ID={numbers['process_id']} must be from 0 to JAX_NUM_PROCESSES={numbers['num_processes']} - 1"
+        )
+    return {**found, **numbers, "cluster_detection_method": "deactivate"}
+
+
+def _detected(common: dict) -> bool:
+    """Joins the cluster that jax detects; False where there is none."""
+    try:
+        jax.distributed.initialize(**common)
+    except ValueError as error:
+        if "should be defined" not in str(error) and "must be defined" not in str(error):
+            raise
+        return False
+    return True
+
+
+def _no_proxy(address: str) -> None:
+    """gRPC would send even the loopback through an HTTP proxy, and wait for it."""
+    host = address.rsplit(":", 1)[0]
+    others = os.environ.get("no_grpc_proxy", os.environ.get("no_proxy", ""))
+    os.environ["no_grpc_proxy"] = ",".join(filter(None, (others, host)))
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _name() -> str:
+    return f"process {distributed.global_state.process_id} (pid {os.getpid()} on {socket.gethostname()})"
