@@ -4,9 +4,9 @@
     SLURM, TPU VM, GKE, Open MPI     as `jax.distributed` detects them
     anything else                    JAX_COORDINATOR_ADDRESS=host:port JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0
 
-Every process runs the same program. Process 0 writes files and prints, all of them compute, and a process reads only the
-examples whose rows its devices hold (`sharding.rows`). One that fails tells the others why, so that nobody waits in a
-collective for somebody who is gone; one that falls silent is named by the others after a heartbeat.
+Every process runs the same program. Process 0 writes files and prints, all of them compute, and a process reads only
+the examples whose rows its devices hold (`sharding.rows`). One that fails tells the others why, so that nobody waits in
+a collective for somebody who is gone; one that falls silent is named by the others after a heartbeat.
 """
 
 import contextlib
@@ -28,10 +28,11 @@ from jax.experimental import multihost_utils
 
 from ambijax import errors
 
-PERIOD = 2.0  # seconds between signs of life, at most
+PERIOD = 1.0  # seconds between signs of life, at most
 
 _polls = itertools.count()
 _wish = threading.Event()  # a cluster of one: somebody asked this process to leave
+_saves = threading.Event()  # and it will look at the wish after its step
 
 
 @contextlib.contextmanager
@@ -85,24 +86,47 @@ def connect(heartbeat: int, start: int) -> None:
         raise errors.ConfigError(f"the processes of this run did not find each other in {start} s: {reason}") from None
     state = distributed.global_state
     if state.num_processes == 1:
-        signal.signal(signal.SIGTERM, lambda *_: _wish.set())  # at once, where jax's service looks each second
+        signal.signal(signal.SIGTERM, _on_sigterm)  # acts at once, where jax's service looks each second
     else:
         print(f"{_name()} of {state.num_processes} joined {state.coordinator_address}")
 
 
+def _on_sigterm(*_: object) -> None:
+    _wish.set()
+    if not _saves.is_set():
+        raise errors.Preempted("stopped; the same command resumes")
+
+
 def is_main() -> bool:
     """Whether this process writes files and prints: process 0."""
-    return jax.process_index() == 0
+    return (distributed.global_state.process_id or 0) == 0
 
 
 def leave_requested() -> bool:
     """Whether the run shall stop here; every process must ask equally often and hears yes at the same question.
 
-    It becomes true after SIGTERM to any of them; Ctrl-C is for the caller, who may pass it on as a SIGTERM to itself.
+    It becomes true after SIGTERM to any of them, and inside `interruptible` after Ctrl-C.
     """
     if not jax.distributed.is_initialized() or distributed.global_state.num_processes == 1:
         return _wish.is_set()
     return multihost_utils.reached_preemption_sync_point(next(_polls))
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Where there is something to save: SIGTERM waits for `leave_requested`, and Ctrl-C is a SIGTERM the first time."""
+
+    def pass_on(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGINT, pass_on)
+    _saves.set()
+    try:
+        yield
+    finally:
+        _saves.clear()
+        signal.signal(signal.SIGINT, before)
 
 
 def gather(rows: np.ndarray, records: list) -> list:
@@ -219,7 +243,9 @@ def _given() -> dict | None:
         return None
     missing = [name for key, name in names.items() if key not in found]
     if missing:
-        raise errors.ConfigError(f"{', '.join(missing)} is not set; a cluster by hand needs {', '.join(names.values())}")
+        raise errors.ConfigError(
+            f"{', '.join(missing)} is not set; a cluster by hand needs {', '.join(names.values())}"
+        )
     try:
         numbers = {key: int(found[key]) for key in ("num_processes", "process_id")}
     except ValueError:
@@ -245,8 +271,8 @@ def _detected(common: dict) -> bool:
 def _no_proxy(address: str) -> None:
     """gRPC would send even the loopback through an HTTP proxy, and wait for it."""
     host = address.rsplit(":", 1)[0]
-    others = os.environ.get("no_grpc_proxy", os.environ.get("no_proxy", ""))
-    os.environ["no_grpc_proxy"] = ",".join(filter(None, (others, host)))
+    others = os.environ.get("no_grpc_proxy", os.environ.get("no_proxy", ""))  # noqa: SIM112, gRPC's spelling
+    os.environ["no_grpc_proxy"] = ",".join(filter(None, (others, host)))  # noqa: SIM112
 
 
 def _free_port() -> int:

@@ -73,6 +73,8 @@ def check(config: ConfigDict) -> None:
     need(hasattr(jax.checkpoint_policies, c.model.remat), f"model.remat={c.model.remat!r} is no jax.checkpoint policy")
     need(c.lora.rank >= 1, f"lora.rank={c.lora.rank} must be at least 1")
     need(0 <= c.lora.dropout < 1, f"lora.dropout={c.lora.dropout} must be in [0, 1)")
+    need(c.hosts.heartbeat >= 5, f"hosts.heartbeat={c.hosts.heartbeat} must be at least 5 seconds")
+    need(c.hosts.start >= 1, f"hosts.start={c.hosts.start} must be at least 1 second")
     need(c.data.batch_size >= 1, f"data.batch_size={c.data.batch_size} must be at least 1")
     need(
         len(set(c.data.labels)) == len(c.data.labels) >= 2, f"data.labels={c.data.labels} must be distinct, two or more"

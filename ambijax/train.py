@@ -6,8 +6,8 @@ Started again in the same directory it resumes. Leaves config.json, env.json, me
 checkpoints/ and eval/, and prints base against trained on the test speakers.
 """
 
+import contextlib
 import json
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +18,7 @@ import optax
 import tqdm
 from ml_collections import FrozenConfigDict
 
-from ambijax import assemble, checkpoint, convert, errors, evaluate, optim, settings
+from ambijax import assemble, checkpoint, convert, errors, evaluate, hosts, optim, settings
 from ambijax.algorithms import ALGORITHMS, Setting
 from ambijax.data import Dataset
 from ambijax.journal import Log, environment
@@ -75,7 +75,7 @@ def loop(
     root = jax.random.key(config.seed)
     first = int(state.step)
     bar = tqdm.tqdm(range(first, config.steps), algorithm_title(config), config.steps, initial=first, unit="step")
-    with Log(workdir, first) as log, Signals() as signals:
+    with Log(workdir, first) as log, hosts.interruptible():
         for step in bar:
             began = time.perf_counter()
             key = jax.random.fold_in(root, step)
@@ -92,9 +92,10 @@ def loop(
                 seconds = time.perf_counter() - began
                 log.metrics(step, values | {"seconds": seconds, "clips_per_second": config.data.batch_size / seconds})
                 bar.set_postfix({name.split("/")[-1]: f"{values[name]:.3f}" for name in SHOWN if name in values})
-            if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps or signals.leave:
+            leave = hosts.leave_requested()
+            if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps or leave:
                 save(step + 1, state)
-            if signals.leave:
+            if leave:
                 raise errors.Preempted(f"stopped after step {step + 1}; the same command resumes {workdir}")
     return state
 
@@ -127,25 +128,9 @@ def identity(config: FrozenConfigDict) -> dict:
     return {key: whole[key] for key in keep} | {"dtype": config.model.dtype, "base": base}
 
 
-class Signals:
-    """Turns SIGTERM and Ctrl-C into a wish to leave after the current step."""
-
-    def __enter__(self) -> "Signals":
-        self.leave = False
-        self._before = {s: signal.signal(s, self._wish) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _wish(self, *_: object) -> None:
-        self.leave = True
-
-    def __exit__(self, *_: object) -> None:
-        for s, handler in self._before.items():
-            signal.signal(s, handler)
-
-
 def main() -> None:
     config, workdir = settings.parse(sys.argv)
-    with lock(workdir):
+    with hosts.cluster(**config.hosts), lock(workdir) if hosts.is_main() else contextlib.nullcontext():
         train(config, workdir)
 
 

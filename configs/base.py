@@ -36,6 +36,10 @@ def get_config(corpus: str) -> ConfigDict:
     c.mesh.fsdp = -1
     c.mesh.tensor = 1
 
+    c.hosts = ConfigDict()  # of a run on several machines
+    c.hosts.heartbeat = 100  # seconds without a sign of life until a process counts as dead; jax's own default
+    c.hosts.start = 300  # seconds to wait for all processes at the start; jax's own default
+
     c.data = ConfigDict()
     c.data.batch_size = 8  # prompts a step, over all devices; unknown
     c.data.windows = (256, 512, 1024, 3000)  # audio lengths in 10 ms mel frames that programs are compiled for
