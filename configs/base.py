@@ -131,7 +131,7 @@ def _tiny_iemocap(c: ConfigDict) -> None:
     c.data.like = "iemocap"  # four classes, free sentences that carry feeling, 3 listeners, a narrow and noisy channel
     c.data.root = "runs/corpora/tiny_iemocap"
     c.data.labels = emotions.IEMOCAP
-    c.data.speakers = 10  # two a fold, as IEMOCAP's sessions have
-    c.data.clips_per_speaker = 40
+    c.data.speakers = 20  # four a fold; with the two of IEMOCAP's sessions five folds could show next to nothing
+    c.data.clips_per_speaker = 20
     c.data.seed = 2027
     c.data.max_tokens = 128  # words the tiny tokenizer has not seen take more tokens

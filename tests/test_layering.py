@@ -36,6 +36,11 @@ LAYERS = [
     ["report.figures"],
     ["report.clips", "report.page"],
     ["report.__main__"],
+    ["published"],
+    ["typeset", "runs"],
+    ["results"],
+    ["lab"],
+    ["tables"],
 ]
 ROW = {name: i for i, row in enumerate(LAYERS) for name in row}
 
