@@ -94,7 +94,9 @@ def _compared(ordering: Ordering, everything: Sequence[Run], close: float, boots
     )
 
 
-def markdown(sheets: Sequence[Sheet], found: Sequence[Ordering], close: float, alpha: float) -> str:
+def markdown(
+    sheets: Sequence[Sheet], found: Sequence[Ordering], close: float, alpha: float, footer: Sequence[str]
+) -> str:
     """The lab's tables and its verdicts."""
     head = ["the paper's claim", "corpus", "difference in JS", "seeds", "p (Holm)", "verdict"]
     rows = [head, ["---", "---", "---:", "---:", "---:", "---"]]
@@ -113,7 +115,8 @@ def markdown(sheets: Sequence[Sheet], found: Sequence[Ordering], close: float, a
         f"orderings and read at {alpha}. '≈' claims less than {close} bits: its interval decides, its p does not. "
         "'seeds' counts those whose mean agrees with the claim."
     )
-    return "\n".join(typeset.markdown(sheet) for sheet in sheets) + f"\n## Orderings\n\n{explained}\n\n{body}\n"
+    notes = "".join(f"- {note}\n" for note in footer)
+    return "\n".join(map(typeset.markdown, sheets)) + f"\n## Orderings\n\n{explained}\n\n{body}\n\n{notes}"
 
 
 def write_csv(everything: Sequence[Run], path: Path) -> None:
@@ -135,7 +138,7 @@ def picture(found: Sequence[Ordering], close: float, alpha: float, path: Path) -
     """Draws every ordering's difference with its interval; left of zero is where the paper says it is."""
     plt, style = typeset.pyplot()
     shown = [o for o in found if o.difference is not None]
-    figure, axis = plt.subplots(figsize=(9.5, 1.5 + 0.36 * max(len(shown), 1)))
+    figure, axis = plt.subplots(figsize=(9.5, 1.3 + 0.27 * max(len(shown), 1)))
     axis.axvspan(-close, close, color=style.LINE, alpha=0.6, linewidth=0, zorder=0)
     axis.axvline(0, color=style.INK, linewidth=0.8, zorder=1)
     for y, o in enumerate(shown):

@@ -74,6 +74,16 @@ def line(row: str, mine: Sequence[Run], paper: tuple[float | None, ...], bootstr
     )
 
 
+def bound(name: str, mine: Sequence[Run]) -> Line:
+    """A row of `bounds` (a floor or the human ceiling): the mean over the folds of these runs that are done."""
+    summaries = [json.loads((run.evaluation / "summary.json").read_text()) for run in mine if runs.done(run)]
+    by_fold = {summary["fold"]: summary["bounds"][name] for summary in summaries if name in summary["bounds"]}
+    clips = [found["clips"] for found in by_fold.values()]
+    means = [float(np.average([found[m] for found in by_fold.values()], weights=clips)) for m in METRICS if clips]
+    ours = tuple(Estimate(mean) for mean in means)
+    return Line(name, (None,) * len(METRICS), ours, sum(clips), seeds=0, runs=len(by_fold), planned=0)
+
+
 def estimate(values: np.ndarray, speakers: np.ndarray, bootstrap: Mapping) -> Estimate:
     """Mean of [N] and its interval over speakers; none when there is only one."""
     if len(set(speakers.tolist())) < 2:

@@ -30,6 +30,7 @@ from ambijax.typeset import Sheet
 
 EXPERIMENTS = Path("configs", "tables.py")
 OWNERS = {"dpo": ("dpo",), "grpo": ("grpo", "grpoz"), "reward": ("grpo", "grpoz")}  # of sections not all configs have
+BOUNDS = ("prior", "another panel")  # below each table: what needs no model, and what people reach among themselves
 TITLES = {"2": "Table 2", "3": "Table 3", "figure2": "Figure 2"}
 
 
@@ -152,7 +153,9 @@ def sheet(experiments: SimpleNamespace, title: str, table: str, corpus: str, eve
     for row in rows:
         mine = [run for run in everything if (run.corpus, run.row) == (corpus, row)]
         lines.append(results.line(row, mine, published(table, corpus, row), experiments.BOOTSTRAP))
-    return Sheet(title, lines, footer(everything))
+    within = [run for run in everything if run.corpus == corpus and run.elsewhere is None]
+    lines += [line for line in (results.bound(name, within) for name in BOUNDS) if line.ours]
+    return Sheet(title, lines, footer(everything) if table else ())
 
 
 def footer(everything: Sequence[Run]) -> list[str]:
@@ -184,7 +187,7 @@ def write_lab(args: argparse.Namespace, experiments: SimpleNamespace, everything
     """Writes DIR/lab.{md,csv,png} and DIR/orderings.png, and prints the first."""
     made = [sheet(experiments, corpus, "", corpus, everything) for corpus in experiments.LAB]
     found = lab.orderings(experiments.ORDERINGS, everything, experiments.CLOSE, experiments.BOOTSTRAP)
-    text = lab.markdown(made, found, experiments.CLOSE, experiments.ALPHA)
+    text = lab.markdown(made, found, experiments.CLOSE, experiments.ALPHA, footer(everything))
     (args.out / "lab.md").write_text(text)
     lab.write_csv(everything, args.out / "lab.csv")
     typeset.picture(made, "The tiny lab", args.out / "lab.png")

@@ -1,8 +1,7 @@
 """A table of the paper beside ours, as Markdown, LaTeX and a picture."""
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ambijax.errors import ConfigError
@@ -11,7 +10,7 @@ from ambijax.published import METRICS
 HEADS = {"js": "JS ↓", "bc": "BC ↑", "r2": "R2 ↑", "brier": "Brier ↓"}
 _LATEX_HEADS = {"js": r"JS $\downarrow$", "bc": r"BC $\uparrow$", "r2": r"$R^2$ $\uparrow$"}
 _LATEX_HEADS["brier"] = r"Brier $\downarrow$"
-NOTHING = "–"
+NOTHING, NOTHING_LATEX = "–", "--"
 _ESCAPES = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -34,7 +33,7 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One row: what the paper states, and what we found so far."""
+    """One row: what the paper states, and what we found so far. `planned` = 0: no model, only the votes."""
 
     label: str
     paper: tuple[float | None, ...]  # in the order of METRICS
@@ -46,8 +45,8 @@ class Line:
 
     @property
     def extent(self) -> str:
-        """'5 of 5 runs' and the like."""
-        return f"{self.runs} of {self.planned}"
+        """'5 of 5' runs and the like."""
+        return f"{self.runs} of {self.planned}" if self.planned else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +56,22 @@ class Sheet:
     title: str
     lines: Sequence[Line]
     footer: Sequence[str]
+
+    @property
+    def compares(self) -> bool:
+        """Whether the paper states anything about these rows."""
+        return any(value is not None for line in self.lines for value in line.paper)
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The columns under every measure."""
+        return ("paper", "ours") if self.compares else ("ours",)
+
+    def cells(self, line: Line, ours: Callable[[Estimate], str]) -> list[str]:
+        """A line's values in the order of the columns."""
+        found = [ours(e) for e in line.ours] or [NOTHING] * len(METRICS)
+        pairs = zip(map(_paper, line.paper), found, strict=True)
+        return [cell for pair in pairs for cell in pair[-len(self.sides) :]]
 
 
 def _short(value: float) -> str:
@@ -71,14 +86,16 @@ def _paper(value: float | None) -> str:
 
 def markdown(sheet: Sheet) -> str:
     """The sheet with 'paper' and 'ours' side by side under every measure."""
-    head = ["method", *(f"{HEADS[m]} {who}" for m in METRICS for who in ("paper", "ours")), "clips", "seeds", "runs"]
+    names = [
+        f"{HEADS[m]} {side}".removesuffix("" if sheet.compares else " ours") for m in METRICS for side in sheet.sides
+    ]
+    head = ["method", *names, "clips", "seeds", "runs"]
     rows = [head, ["---", *["---:"] * (len(head) - 1)]]
     for line in sheet.lines:
-        ours = map(str, line.ours) if line.ours else [NOTHING] * len(METRICS)
-        pairs = [cell for pair in zip(map(_paper, line.paper), ours, strict=True) for cell in pair]
-        rows.append([line.label, *pairs, str(line.clips), str(line.seeds), line.extent])
+        rows.append([line.label, *sheet.cells(line, str), str(line.clips), str(line.seeds or ""), line.extent])
     body = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    return f"## {sheet.title}\n\n{body}\n\n" + "\n".join(f"{note}  " for note in sheet.footer) + "\n"
+    notes = "".join(f"- {note}\n" for note in sheet.footer)
+    return f"## {sheet.title}\n\n{body}\n" + (f"\n{notes}" if notes else "")
 
 
 def escape(text: str) -> str:
@@ -92,9 +109,10 @@ def escape(text: str) -> str:
 
 def latex(sheet: Sheet) -> str:
     """The sheet as a table of the package booktabs."""
-    columns = "l" + "rr" * len(METRICS) + "rr"
-    heads = " & ".join(rf"\multicolumn{{2}}{{c}}{{{_LATEX_HEADS[m]}}}" for m in METRICS)
-    rules = " ".join(rf"\cmidrule(lr){{{2 + 2 * i}-{3 + 2 * i}}}" for i in range(len(METRICS)))
+    width = len(sheet.sides)
+    columns = "l" + "r" * (width * len(METRICS) + 2)
+    heads = " & ".join(rf"\multicolumn{{{width}}}{{c}}{{{_LATEX_HEADS[m]}}}" for m in METRICS)
+    rules = " ".join(rf"\cmidrule(lr){{{2 + width * i}-{1 + width * (i + 1)}}}" for i in range(len(METRICS)))
     lines = [
         r"% \usepackage{booktabs}",
         r"\begin{table}",
@@ -104,14 +122,12 @@ def latex(sheet: Sheet) -> str:
         r"\toprule",
         rf" & {heads} & & \\",
         rules,
-        "method & " + " & ".join(["paper", "ours"] * len(METRICS)) + r" & clips & runs \\",
+        "method & " + " & ".join(sheet.sides * len(METRICS)) + r" & clips & runs \\",
         r"\midrule",
     ]
     for line in sheet.lines:
-        ours = [_latex_estimate(e) for e in line.ours] or ["--"] * len(METRICS)
-        paper = [escape(_paper(value)) for value in line.paper]
-        pairs = [cell for pair in zip(paper, ours, strict=True) for cell in pair]
-        lines.append(" & ".join([escape(line.label), *pairs, str(line.clips), escape(line.extent)]) + r" \\")
+        cells = [NOTHING_LATEX if cell == NOTHING else cell for cell in sheet.cells(line, _latex_estimate)]
+        lines.append(" & ".join([escape(line.label), *cells, str(line.clips), escape(line.extent)]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
     lines += [rf"\par\footnotesize {escape(note)}" for note in sheet.footer]
     return "\n".join([*lines, r"\end{table}", ""])
@@ -154,36 +170,42 @@ def picture(sheets: Sequence[Sheet], title: str, path: Path) -> None:
     figure, axes = plt.subplots(
         len(sheets),
         len(METRICS),
-        figsize=(11, 1.6 + 0.36 * sum(heights) + 0.75 * len(sheets)),
+        figsize=(11, 1.1 + 0.27 * sum(heights) + 0.6 * len(sheets)),
         gridspec_kw={"height_ratios": heights},
         squeeze=False,
     )
     for row, sheet in zip(axes, sheets, strict=True):
         for m, (axis, metric) in enumerate(zip(row, METRICS, strict=True)):
-            _panel(axis, sheet, m)
-            style.tidy(axis, grid="y")
-            axis.set_title(HEADS[metric] if m or len(sheets) == 1 else f"{sheet.title}\n{HEADS[metric]}", loc="left")
+            _panel(axis, style, sheet, m)
+            axis.set_title(HEADS[metric])
+            if m == 0 and len(sheets) > 1:
+                axis.set_title(f"{sheet.title}  ", loc="right", x=0, fontweight="bold")
             axis.tick_params(labelleft=m == 0)
     handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
 
 
-def _panel(axis: object, sheet: Sheet, m: int) -> None:
+def _panel(axis: object, style: object, sheet: Sheet, m: int) -> None:
     """One measure of every line of a sheet, the first line on top."""
+    own = "ours, 95 % interval" if sheet.compares else "mean, 95 % interval"
     for y, line in enumerate(sheet.lines):
-        stated = line.paper[m]
-        if stated is not None:
-            axis.plot(stated, y, "D", color=PAPER, markerfacecolor="white", markersize=6, label="paper", zorder=2)
-        if line.ours:
-            e = line.ours[m]
-            if e.low is not None and math.isfinite(e.low):
-                axis.plot([e.low, e.high], [y, y], color=OURS, linewidth=2.2, solid_capstyle="round", zorder=3)
-            axis.plot(e.mean, y, "o", color=OURS, markersize=6.5, label="ours, 95 % interval", zorder=4)
+        if line.paper[m] is not None:
+            axis.plot(line.paper[m], y, "D", color=PAPER, markerfacecolor="white", markersize=6, label="paper")
+        if not line.ours:
+            continue
+        e = line.ours[m]
+        if not line.planned:
+            axis.plot(e.mean, y, "|", color=style.MUTED, markersize=11, markeredgewidth=2, label="no model")
+            continue
+        if e.low is not None:
+            axis.plot([e.low, e.high], [y, y], color=OURS, linewidth=2.2, solid_capstyle="round")
+        axis.plot(e.mean, y, "o", color=OURS, markersize=6.5, label=own)
     axis.set_yticks(range(len(sheet.lines)), [line.label for line in sheet.lines])
     axis.set_ylim(len(sheet.lines) - 0.5, -0.5)
     axis.tick_params(axis="y", length=0)
     axis.margins(x=0.12)
+    style.tidy(axis, grid="y")

@@ -133,7 +133,8 @@ def finish(run: runs.Run, readouts: list[list[float]] = Q) -> None:
         for i, q in enumerate(readouts)
     ]
     (run.evaluation / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    summary = {"clips": len(records), "commit": "c0ffee" * 7}
+    prior = {"js": 0.3, "bc": 0.7, "r2": 0.4, "brier": 0.1, "clips": len(records)}
+    summary = {"clips": len(records), "commit": "c0ffee" * 7, "fold": run.fold, "bounds": {"prior": prior}}
     (run.evaluation / "summary.json").write_text(json.dumps(summary))
 
 
@@ -268,10 +269,11 @@ def test_a_partial_table_says_what_is_missing(tmp_path, monkeypatch):
     assert "PARTIAL, 4 of 5 runs are missing: tiny base fold 0 seed 0; tiny DPO" in text
     assert "command: python -m ambijax.tables --table 2 --out 'a b'" in text
     assert "runs c0ffeec0ffee" in text
-    assert re.search(r"\| SFT \| – \| \.154 \[", text)
-    assert re.search(r"\| DPO \| – \| – \|", text)
-    assert re.search(r"\| Audio-Reasoner \| .* \| 0 of 0 \|", text)
-    typeset.picture([sheet], sheet.title, tmp_path / "partial.png")
+    assert re.search(r"\| SFT \| \.154 \[", text)
+    assert re.search(r"\| DPO \| – \| – \| – \| – \|", text)
+    assert re.search(r"\| Audio-Reasoner \| .* \| 0 \|  \|  \|", text)
+    assert re.search(r"\| prior \| \.300 \| \.700 \| .* \| 2 \|  \|  \|", text)
+    typeset.picture([sheet, sheet], sheet.title, tmp_path / "partial.png")
 
 
 def test_published_numbers_stand_beside_ours():
@@ -329,7 +331,7 @@ def test_orderings_are_judged_by_paired_differences(tmp_path):
     assert near.verdict(0.2, 0.05) == "holds"
     assert near.verdict(0.01, 0.05) == "does not hold"
     assert absent.verdict(0.05, 0.05) == "no runs yet"
-    text = lab.markdown([], [less, more, near, absent], 0.05, 0.05)
+    text = lab.markdown([], [less, more, near, absent], 0.05, 0.05, ["a note"])
     assert "Of 4 orderings: 1 holds, 1 does not hold, 1 undecided" in text
     lab.picture([less, more, near, absent], 0.05, 0.05, tmp_path / "orderings.png")
     lab.write_csv(found, tmp_path / "lab.csv")
