@@ -7,8 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 import soundfile
+from ml_collections import FrozenConfigDict
 
-from ambijax import acoustics, manifest, metrics, reasoning, teacher
+from ambijax import acoustics, assemble, manifest, metrics, prompt, reasoning, settings, teacher
 from ambijax.corpora import synthetic, talker
 from ambijax.errors import ConfigError
 
@@ -147,6 +148,30 @@ def test_the_other_corpus_is_another_one(free, corpus):
         return np.median([20 * np.log10(soundfile.read(c.path(u))[0][:320].std()) for u in c.utterances])
 
     assert floor(free) - floor(corpus) == pytest.approx(FREE.channel.noise - SPEC.channel.noise, abs=1)
+
+
+def test_the_lab_has_both_corpora(tmp_path):
+    """Each by a variant of the configs, in the shipped model's vocabulary and within its completion length."""
+    found = {}
+    for variant in ("tiny", "tiny_iemocap"):
+        few = [
+            "--config.data.speakers=5",
+            "--config.data.clips_per_speaker=8",
+            f"--config.data.root={tmp_path / variant}",
+        ]
+        config, _ = settings.parse(["t", f"--config=configs/sft.py:{variant}", "--workdir=unused", *few])
+        corpus = assemble.corpus(config)
+        found[variant] = corpus
+        words = prompt.load(config.model.checkpoint, config.data.labels)
+        lengths = [len(prompt.encode_gold(words, u.cot, config.data.labels[0])[0]) for u in corpus.utterances]
+        assert np.mean(np.array(lengths) <= config.data.max_tokens) > 0.95
+        assert {label for u in corpus.utterances for label in u.votes} <= set(config.data.labels)
+    one, other = found.values()
+    assert not {u.transcript for u in one.utterances} & {u.transcript for u in other.utterances}
+    assert min(sum(u.votes.values()) for u in one.utterances) >= 4
+    assert {sum(u.votes.values()) for u in other.utterances} == {3}
+    with pytest.raises(ConfigError, match=r"data.like='msp' must be one of cremad, iemocap"):
+        assemble.corpus(FrozenConfigDict(config.to_dict() | {"data": config.data.to_dict() | {"like": "msp"}}))
 
 
 def test_a_channel_limits_the_band():
