@@ -23,40 +23,35 @@ A vote counts as an annotator. Where votes are fractions (several tags of one an
 the utterance is left out of the three human rows; `clips` says how many are in.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from ambijax import metrics
-from ambijax.manifest import Utterance, soft_labels
 
 Bound = dict[str, float]
 
 
-def bounds(
-    train: Sequence[Utterance], test: Sequence[Utterance], labels: Sequence[str], *, draws: int
-) -> dict[str, Bound]:
+def bounds(prior: np.ndarray, counts: np.ndarray, *, draws: int) -> dict[str, Bound]:
     """Name -> js, bc, r2, brier, accuracy and clips, in the order of the table.
 
     Args:
-      train: the utterances whose mean vote is the prior.
-      test: those to measure.
-      labels: the K classes.
+      prior: soft labels of the training utterances [M, K].
+      counts: votes to measure [N, K].
       draws: random halves, and panels, of each utterance.
     """
-    p = soft_labels(test, labels)
+    counts = np.asarray(counts, np.float64)
+    p = counts / counts.sum(axis=1, keepdims=True)
     predicted = {
         "uniform": metrics.uniform(*p.shape),
-        "prior": metrics.prior(soft_labels(train, labels), len(p)),
-        "one-hot": np.eye(len(labels))[p.argmax(axis=1)],
+        "prior": metrics.prior(prior, len(p)),
+        "one-hot": np.eye(p.shape[1])[p.argmax(axis=1)],
     }
     rows = {name: _means(metrics.per_utterance(p, q), len(p)) for name, q in predicted.items()}
-    counts = np.array([[utterance.votes.get(label, 0) for label in labels] for utterance in test], np.float64)
-    counts = counts[np.all(counts == np.round(counts), axis=1) & (counts.sum(axis=1) >= 2)].astype(int)
-    if len(counts):
-        rows["one annotator"] = one_annotator(counts)
-        rows["half"] = half(counts, draws)
-        rows["another panel"] = another_panel(counts, draws)
+    whole = np.all(counts == np.round(counts), axis=1) & (counts.sum(axis=1) >= 2)
+    if whole.any():
+        panel = counts[whole].astype(int)
+        rows["one annotator"] = one_annotator(panel)
+        rows["half"] = half(panel, draws)
+        rows["another panel"] = another_panel(panel, draws)
     return rows
 
 

@@ -76,9 +76,13 @@ def intervals(records: list[dict], config: FrozenConfigDict) -> dict[str, list[f
     return {name: list(significance.interval(value, **how)) for name, value in values.items()}
 
 
-def floors(config: FrozenConfigDict, train: Sequence, test: Sequence) -> dict[str, dict[str, float]]:
-    """What `test` utterances allow without a model; nothing to train on makes their own mean the prior."""
-    return bounds.bounds(train or test, test, config.data.labels, draws=config.eval.draws)
+def floors(
+    config: FrozenConfigDict, train: Sequence[manifest.Utterance], test: Sequence[manifest.Utterance]
+) -> dict[str, dict[str, float]]:
+    """What `test` allows without a model; where there is nothing to train on, its own mean is the prior."""
+    labels = config.data.labels
+    counts = np.array([[utterance.votes.get(label, 0) for label in labels] for utterance in test])
+    return bounds.bounds(manifest.soft_labels(train or test, labels), counts, draws=config.eval.draws)
 
 
 def run(

@@ -14,7 +14,7 @@ from string import Template
 
 import numpy as np
 
-from ambijax import evaluate, reasoning
+from ambijax import bounds, evaluate, reasoning
 from ambijax.report import figures, style
 from ambijax.report.runs import Report, Run, System
 
@@ -104,11 +104,13 @@ def _tiles(report: Report) -> str:
 
 
 def _table(report: Report) -> str:
-    """Metrics of every system and of what needs no model, the best of a column in bold."""
+    """Metrics of every system, the best of a column in bold, and of what needs no model."""
     rows: dict[str, tuple[dict, System | None]] = {}
     if report.train_target is not None:
-        floors = evaluate.floors(report.train_target, report.systems[0].target)
-        rows |= {name: (summary, None) for name, summary in floors.items()}
+        first = report.systems[0]
+        counts = np.array([[r["votes"].get(label, 0) for label in report.labels] for r in first.records])
+        draws = report.runs[0].config.eval.draws
+        rows |= {name: (row, None) for name, row in bounds.bounds(report.train_target, counts, draws=draws).items()}
     rows |= {system.name: (evaluate.summarise(system.records), system) for system in report.systems}
     head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in ("", *evaluate.COLUMNS))
     lines = [
@@ -117,17 +119,20 @@ def _table(report: Report) -> str:
     ]
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-        '<p class="note">Means over the clips. Uniform and prior (the mean of the training votes) need no model.</p>'
+        '<p class="note">Means over the clips. What needs no model: uniform, prior (the mean of the training votes), '
+        "one-hot (the majority), one annotator against the others, half of them against the other half, and as many "
+        "annotators drawn anew from the votes.</p>"
     )
 
 
 def _cells(summary: dict, rows: dict[str, tuple[dict, System | None]]) -> str:
     cells = []
     for column, key in evaluate.COLUMNS.items():
-        if key not in summary:
+        if summary.get(key) is None:
             cells.append("<td></td>")
             continue
-        best = (min if "↓" in column else max)(other[key] for other, _ in rows.values() if key in other)
+        known = [other[key] for other, system in rows.values() if system and other.get(key) is not None]
+        best = (min if "↓" in column else max)(known, default=None)
         mark = ' class="best"' if summary[key] == best else ""
         cells.append(f"<td{mark}>{summary[key]:.3f}</td>")
     return "".join(cells)

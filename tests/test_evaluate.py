@@ -1,0 +1,332 @@
+"""Evaluation of the tiny model: batching, resuming, sampling, controls, calibration, slices, another corpus."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.special
+from jax.sharding import AxisType
+
+from ambijax import (
+    assemble,
+    calibration,
+    canaries,
+    evaluate,
+    manifest,
+    metrics,
+    predictions,
+    settings,
+    sharding,
+    slices,
+)  # fmt: skip
+from ambijax.corpora import synthetic
+from ambijax.errors import ConfigError, DataError
+from ambijax.predictions import Decoding
+
+ROOT = Path(__file__).parents[1]
+tiny = pytest.mark.skipif(
+    not (ROOT / "ambijax/tiny/model.safetensors").exists(), reason="the tiny model is not in this checkout"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """The tiny model on one device, and eight clips of a speaker it never heard."""
+
+    setting: object
+    variables: dict
+    test: object
+    records: list[dict]  # greedy, all eight at once
+    directory: Path
+
+    def collect(self, directory: Path, batch: int = 8, test: object = None, **how) -> list[dict]:
+        config = self.setting.config.copy_and_resolve_references()
+        config = type(self.setting.config)({**config.to_dict(), "eval": {**config.eval.to_dict(), "batch_size": batch}})
+        setting = dataclasses.replace(self.setting, config=config)
+        with jax.set_mesh(setting.mesh):
+            return predictions.collect(setting, self.variables, test or self.test, directory, "x", **how)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Bench:
+    root = tmp_path_factory.mktemp("bench")
+    small = ["speakers=5", "clips_per_speaker=8", f"root={root / 'corpus'}"]
+    argv = ["x", "--config=configs/sft.py:tiny", "--workdir=unused", *(f"--config.data.{s}" for s in small)]
+    config, _ = settings.parse(argv)
+    one = jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 3)
+    setting = dataclasses.replace(assemble.setting(config), mesh=one)
+    with jax.set_mesh(one):
+        variables = {"params": assemble.base(setting)}
+        test = assemble.datasets(setting, variables["params"], ("test",))["test"]
+    made = Bench(setting, variables, test, [], root / "eval")
+    return dataclasses.replace(made, records=made.collect(root / "eval"))
+
+
+def _part(dataset: object, n: int) -> object:
+    cut = {name: getattr(dataset, name)[:n] for name in ("utterances", "examples", "sounds")}
+    return dataclasses.replace(dataset, **cut)
+
+
+# Predictions ---------------------------------------------------------------------------------------------------------
+
+
+@tiny
+def test_a_record_holds_what_its_readers_need(bench):
+    by_id = {u.id: u for u in manifest.read(bench.test.root).utterances}
+    for record in bench.records:
+        u = by_id[record["id"]]
+        assert (record["audio"], record["transcript"], record["gender"]) == (u.audio, u.transcript, u.gender)
+        assert record["annotators"] == sum(u.votes.values())
+        assert (bench.test.root / record["audio"]).is_file()
+        target = np.array([u.votes.get(label, 0) for label in bench.setting.vocabulary.labels]) / record["annotators"]
+        np.testing.assert_allclose(record["target"], target, atol=1e-6)
+        assert record["js"] == pytest.approx(metrics.js(target, record["readout"]), abs=1e-6)
+        assert record["js_gold"] == pytest.approx(metrics.js(target, record["readout_gold"]), abs=1e-6)
+    assert bench.records == predictions.read(bench.directory)
+
+
+@tiny
+def test_one_clip_at_a_time_predicts_as_eight_do_and_a_killed_evaluation_goes_on(bench, tmp_path):
+    one = bench.collect(tmp_path, batch=1)
+    for a, b in zip(one, bench.records, strict=True):
+        assert a["reasoning"] == b["reasoning"]
+        np.testing.assert_allclose(a["readout"], b["readout"], atol=1e-5)
+        np.testing.assert_allclose(a["readout_gold"], b["readout_gold"], atol=1e-5)
+    path = tmp_path / "predictions.jsonl"
+    whole = path.read_bytes()
+    lines = whole.split(b"\n")
+    lines[1] = lines[1].replace(b'"format": ', b'"format": 1')  # shows that what is there is not computed again
+    path.write_bytes(b"\n".join(lines[:3]) + b"\n" + lines[3][:50])  # killed while writing the fourth
+    bench.collect(tmp_path, batch=1)
+    assert path.read_bytes() == b"\n".join(lines)
+    # Other words, other predictions: nothing of the old ones stays.
+    others = tuple(dataclasses.replace(u, cot="") for u in bench.test.utterances)
+    bench.collect(tmp_path, batch=1, test=dataclasses.replace(bench.test, utterances=others))
+    assert b'"format": 1' not in path.read_bytes().replace(b'"format": 1.0', b"")
+
+
+@tiny
+def test_sampled_chains_of_thought_are_averaged_and_do_not_depend_on_the_batch(bench, tmp_path):
+    few = _part(bench.test, 2)
+    how = {"decoding": Decoding(samples=2, temperature=1.0), "test": few}
+    both = bench.collect(tmp_path / "both", batch=2, **how)
+    one = bench.collect(tmp_path / "one", batch=1, **how)
+    for a, b in zip(both, one, strict=True):
+        assert a["reasoning"] == b["reasoning"]
+        np.testing.assert_allclose(a["readout"], b["readout"], atol=1e-5)
+    setting = bench.setting
+    with jax.set_mesh(setting.mesh):
+        asked = sharding.place(few.batch([0, 1]).prompt, setting.mesh)
+        rolled = setting.rollout(bench.variables, asked, jax.random.key(setting.config.seed), 2, 1.0)
+        logits = np.asarray(rolled.readout, np.float64)
+    assert np.any(np.asarray(rolled.completions.tokens[:, 0] != rolled.completions.tokens[:, 1]))
+    expected = scipy.special.softmax(logits, axis=-1).mean(axis=1)
+    np.testing.assert_allclose([r["readout"] for r in both], expected, atol=1e-6)
+
+
+# Controls ------------------------------------------------------------------------------------------------------------
+
+
+def _utterances(words: str) -> list[manifest.Utterance]:
+    return [
+        manifest.Utterance(f"u{i}", f"{i}.wav", f"say {w}", f"s{i}", 0, {"anger": i + 1}, cot=f"cot {i}")
+        for i, w in enumerate(words)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("control", "field"), [(canaries.swap_audio, "audio"), (canaries.swap_transcript, "transcript")]
+)
+def test_a_swap_changes_one_field_of_every_utterance_and_nothing_else(control, field):
+    utterances = _utterances("abcabcaac")  # half a split away the words are the same here and there
+    swapped = control(utterances)
+    for u, s in zip(utterances, swapped, strict=True):
+        assert getattr(s, field) != getattr(u, field)
+        assert getattr(s, field) in {getattr(o, field) for o in utterances}
+        assert dataclasses.replace(s, **{field: getattr(u, field)}) == u
+
+
+def test_swaps_that_would_swap_nothing_are_refused():
+    with pytest.raises(DataError, match="the same words"):
+        canaries.swap_transcript(_utterances("aaa"))
+    with pytest.raises(DataError, match="at least two"):
+        canaries.swap_audio(_utterances("a"))
+
+
+@tiny
+def test_the_readout_after_the_own_reasoning_is_the_own_and_after_another_ones_it_is_not(bench, tmp_path):
+    same = bench.collect(tmp_path / "same", after=bench.records)
+    for own, again in zip(bench.records, same, strict=True):
+        # Teacher-forced and re-encoded: a shift of the anchor by one token would change it altogether.
+        np.testing.assert_allclose(again["readout"], own["readout"], atol=1e-4)
+    shuffled = bench.collect(tmp_path / "shuffled", after=canaries.rotated(bench.records))
+    moved = 0
+    for own, other, counterpart in zip(bench.records, shuffled, canaries.rotated(bench.records), strict=True):
+        assert other["reasoning"] == counterpart["reasoning"]
+        for field in ("id", "audio", "transcript", "votes", "target", "readout_gold", "js_gold"):
+            assert other[field] == own[field]
+        moved += np.abs(np.subtract(other["readout"], own["readout"])).max() > 0.05
+    assert moved >= 2
+
+
+@tiny
+def test_swapped_sounds_and_swapped_words_are_noticed(bench, tmp_path):
+    for control in (canaries.swap_audio, canaries.swap_transcript):
+        with jax.set_mesh(bench.setting.mesh):
+            sets = assemble.datasets(bench.setting, bench.variables["params"], ("test",), edit=control)
+        swapped = bench.collect(tmp_path / control.__name__, test=sets["test"])
+        assert [r["target"] for r in swapped] == [r["target"] for r in bench.records]
+        # After the curated reasoning, which is not swapped, only what is swapped can move the read-out.
+        moved = [
+            np.abs(np.subtract(a["readout_gold"], b["readout_gold"])).max()
+            for a, b in zip(swapped, bench.records, strict=True)
+        ]
+        assert np.all(np.array(moved) > 1e-6), control
+
+
+# Calibration, slices, summary ----------------------------------------------------------------------------------------
+
+
+def test_temperature_of_what_was_made_from_itself_is_one():
+    p = np.random.default_rng(0).dirichlet(np.ones(4), 50)
+    assert calibration.fit(p, p) == pytest.approx(1, abs=1e-9)
+    # Sharpened predictions are flattened back, and the other way round.
+    for t in (0.4, 2.5):
+        q = p ** (1 / t) / np.sum(p ** (1 / t), axis=1, keepdims=True)
+        assert calibration.fit(p, q) == pytest.approx(1 / t, rel=1e-9)
+        np.testing.assert_allclose(calibration.apply(q, 1 / t), p, atol=1e-9)
+
+
+def test_temperature_is_the_minimum_of_the_divergence():
+    rng = np.random.default_rng(1)
+    p, q = rng.dirichlet(np.ones(5), (2, 80))
+    found = scipy.optimize.minimize_scalar(
+        lambda t: np.mean(metrics.kl(p, scipy.special.softmax(np.log(q) / t, axis=-1))),
+        bounds=(0.1, 40),
+        method="bounded",
+    )
+    t = calibration.fit(p, q)
+    assert np.mean(metrics.kl(p, calibration.apply(q, t))) <= found.fun + 1e-12
+
+
+def test_temperature_stays_finite():
+    votes = np.eye(3)
+    assert calibration.fit(votes, 0.7 * votes + 0.1) == calibration.COLDEST  # always right: ever more certain
+    assert calibration.fit(np.roll(votes, 1, axis=1), 0.7 * votes + 0.1) == calibration.HOTTEST
+    assert np.all(np.isfinite(calibration.apply(votes, 2.0)))
+
+
+def _record(i: int, counts: list[int], q: list[float], **fields) -> dict:
+    p = np.array(counts) / sum(counts)
+    votes = {label: n for label, n in zip("abc", counts, strict=True) if n}
+    return {"id": f"{i}", "target": p.tolist(), "readout": q, "votes": votes, "annotators": sum(counts)} | fields
+
+
+def test_slices_by_hand():
+    q = [0.6, 0.3, 0.1]
+    records = [
+        _record(0, [4, 0, 0], q, speaker="s2", gender="female"),
+        _record(1, [5, 0, 0], q, speaker="s10", gender=None),
+        _record(2, [2, 2, 0], q, speaker="s2", gender="female"),
+        _record(3, [0, 2, 2], q, speaker="s2", gender="female"),
+        _record(4, [1, 1, 1], q, speaker="s10", gender="male"),
+        _record(5, [2, 2, 2], q, speaker="s10", gender="male"),
+    ]
+    found = slices.slices(records, seed=0, samples=50, level=0.9)
+    n = {kind: {name: part["n"] for name, part in parts.items()} for kind, parts in found.items()}
+    assert n == {
+        # Entropies 0 0 1 1 1.58 1.58: the quantiles at 1/3 and 2/3 lie between them.
+        "ambiguity": {"up to 0.67 bits": 2, "up to 1.19 bits": 2, "above 1.19 bits": 2},
+        "classes": {"1": 2, "2": 2, "3": 2},
+        "annotators": {"3": 1, "4": 3, "5": 1, "6": 1},
+        "speaker": {"s10": 3, "s2": 3},
+        "gender": {"female": 3, "male": 2, "unknown": 1},
+    }
+    js = [float(metrics.js(r["target"], q)) for r in records]
+    assert found["gender"]["male"]["js"] == pytest.approx((js[4] + js[5]) / 2)
+    assert found["annotators"]["3"]["js_interval"] == pytest.approx([js[4], js[4]])
+    low, high = found["classes"]["2"]["js_interval"]
+    assert js[2] <= low + 1e-12 < high <= js[3] + 1e-12
+    assert "up to 0.67 bits         2" in slices.table(found)
+
+
+def test_all_alike_make_one_third():
+    records = [_record(i, [2, 1, 0], [0.5, 0.4, 0.1], speaker="s", gender=None) for i in range(3)]
+    assert [part["n"] for part in slices.slices(records, seed=0, samples=5, level=0.9)["ambiguity"].values()] == [3]
+
+
+def test_a_corpus_is_read_out_over_the_classes_that_both_share(tmp_path):
+    config, _ = settings.parse(["x", "--config=configs/sft.py:cremad", "--workdir=unused"])
+    u = manifest.Utterance("a", "a.wav", "", "s", 2, {"anger": 1, "joy": 2, "fear": 1})
+    corpus = manifest.Corpus(tmp_path, (u,))
+    changed = evaluate.on_corpus(config, corpus, None)
+    assert changed.data.labels == ("anger", "fear")  # joy is no class of the run
+    assert changed.data.fold == -1
+    named = dataclasses.replace(corpus, labels=("anger", "neutral", "joy"))
+    assert evaluate.on_corpus(config, named, 2).data.labels == ("anger", "neutral")
+    with pytest.raises(ConfigError, match="share fewer than two"):
+        evaluate.on_corpus(config, dataclasses.replace(corpus, labels=("joy", "anger")), None)
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either --run or --checkpoint"),
+        (["--run=r", "--checkpoint=c"], "either --run or --checkpoint"),
+        (["--run=r", "--splitt=dev"], "unknown argument --splitt=dev"),
+        (["--run=r", "--fold=1"], "--fold belongs to --corpus"),
+        (["--run=r", "--corpus=c", "--split=dev"], "needs --fold"),
+        (["--run=r", "--samples=4"], "needs a --temperature"),
+        (["--run=r", "--split=dev", "--calibrate"], "fits on dev"),
+        (["--run=r", "--swap_audio", "--shuffle_cot"], "one control at a time"),
+        (["--run=no/such/run"], "not a run directory"),
+    ],
+)
+def test_a_mistake_is_named(arguments, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+    with pytest.raises(ConfigError, match=message):
+        evaluate.main()
+
+
+@tiny
+def test_a_bare_checkpoint_on_another_corpus(tmp_path):
+    spec = dataclasses.replace(synthetic.IEMOCAP_LIKE, speakers=3, clips_per_speaker=2)
+    other = synthetic.write(tmp_path / "other", spec)
+    silent = dataclasses.replace(other.utterances[0], id="x", votes={"surprise": 3})
+    manifest.write(dataclasses.replace(other, utterances=(*other.utterances, silent)))
+    arguments = ["--checkpoint=ambijax/tiny", "--config=configs/sft.py:tiny", f"--workdir={tmp_path / 'run'}"]
+    arguments += ["--config.data.speakers=5", "--config.data.clips_per_speaker=2", "--config.eval.batch_size=2"]
+    arguments += [f"--config.data.root={tmp_path / 'own'}", f"--corpus={other.root}", "--calibrate", "--slices"]
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "ambijax.evaluate", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run/eval/other/summary.json").read_text())
+    assert (summary["clips"], summary["left_out"], summary["fold"]) == (6, 1, None)
+    assert (summary["algorithm"], summary["labels"]) == ("base", ["anger", "happiness", "sadness", "neutral"])
+    records = predictions.read(tmp_path / "run/eval/other")
+    assert all(len(r["readout"]) == 4 and sum(r["readout"]) == pytest.approx(1) for r in records)
+    # The temperature comes from the dev split of the run's own corpus, over its own classes.
+    dev = predictions.read(tmp_path / "run/eval/dev")
+    assert all(len(r["readout"]) == 6 for r in dev)
+    p, q = (np.array([r[key] for r in dev]) for key in ("target", "readout"))
+    assert summary["calibrated"]["temperature"] == pytest.approx(calibration.fit(p, q))
+    p, q = (np.array([r[key] for r in records]) for key in ("target", "readout"))
+    t = summary["calibrated"]["temperature"]
+    js = np.mean(metrics.js(p, scipy.special.softmax(np.log(q) / t, axis=-1)))
+    assert summary["calibrated"]["js"] == pytest.approx(js)
+    assert summary["js"] == pytest.approx(np.mean([r["js"] for r in records]))
+    low, high = summary["intervals"]["js"]
+    assert low <= summary["js"] <= high
+    rows = {line.split("  ")[0] for line in done.stdout.splitlines()}
+    assert {"uniform", "prior", "one-hot", "one annotator", "half", "another panel", "other", "ambiguity"} <= rows
