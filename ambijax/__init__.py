@@ -1,14 +1,14 @@
 """ambijax: post-train audio language models on ambiguous emotion, in JAX.
 
 model = ambijax.load("runs/tiny")
-model.predict(["clip.wav"])[0].distribution
+model.predict("clip.wav").distribution
 """
 
 __version__ = "0.1.0"
 
 
-def load(run, *, base=False):
-    """Opens a run directory for prediction; see `ambijax.predict.load`."""
-    from ambijax import predict  # here, so that `import ambijax` stays instant
+def load(model, *, base=False, labels=None, checkpoint=None):
+    """Opens a run, an export or a checkpoint for prediction; see `ambijax.listener.load`."""
+    from ambijax import listener  # here, so that `import ambijax` stays instant
 
-    return predict.load(run, base=base)
+    return listener.load(model, base=base, labels=labels, checkpoint=checkpoint)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from ml_collections import FrozenConfigDict
 
-from ambijax import checkpoint, convert, data, features, manifest, optim, prompt, sharding
+from ambijax import checkpoint, convert, data, features, manifest, optim, peft, prompt, sharding
 from ambijax.algorithms import Setting
 from ambijax.corpora import synthetic
 from ambijax.errors import ConfigError
@@ -141,15 +141,23 @@ def trains_tower(config: FrozenConfigDict) -> bool:
 
 
 def adapters(setting: Setting) -> dict:
-    """The collection 'lora' a run starts from: fresh ones, seeded, B = 0; or those of the run `init_from`."""
+    """The collection 'lora' a run starts from: fresh ones, seeded, B = 0; or those of `init_from`."""
     key = jax.random.key(setting.config.seed)
     made = jax.jit(lambda key: qwen2_audio.init(setting.model, key)["lora"])
     like = jax.eval_shape(made, key)
     where = sharding.shardings({"lora": like}, setting.mesh)["lora"]
     if setting.config.init_from:
-        _, trained, _ = checkpoint.load_adapters(Path(setting.config.init_from) / "checkpoints", best=False)
-        return _placed(trained["lora"], like, where, setting.config.init_from)
+        return _placed(_earlier(setting), like, where, setting.config.init_from)
     return jax.jit(made, out_shardings=where)(key)
+
+
+def _earlier(setting: Setting) -> dict:
+    """The adapters of `init_from`, a run or a PEFT directory, as host arrays."""
+    start = Path(setting.config.init_from)
+    if peft.is_directory(start):
+        return peft.load(start, setting.model.lora)
+    _, trained, _ = checkpoint.load_adapters(start / "checkpoints", best=False)
+    return trained["lora"]
 
 
 def trained(setting: Setting, run: Path) -> dict:

@@ -40,6 +40,7 @@ from ambijax.model import qwen2_audio
 
 FORMAT = 1  # of native.json; raised when an older program could not read what this one writes
 
+SHARD = 5 * 10**9  # bytes of a Hugging Face checkpoint's files, at most; the host holds one while it is written
 _FILE = 64 * 2**20  # bytes of a native checkpoint's data files, at most
 
 # What a checkpoint has beside its weights, copied where present.
@@ -73,7 +74,7 @@ def load(
     """
     directory = Path(directory)
     wanted = hugging_face.parameters(model)
-    read = (_native_reader if _is_native(directory) else _hugging_face_reader)(directory, wanted, np.dtype(dtype))
+    read = reader(directory, wanted, np.dtype(dtype))
     where = sharding or (lambda path: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     params = {}
     for parameter in tqdm.tqdm(wanted, "weights", disable=None, leave=False):
@@ -88,6 +89,13 @@ def load(
         array = jax.make_array_from_callback(parameter.shape, where(parameter.path), shard)
         params[parameter.path] = array.block_until_ready()  # the host's copy is gone before the next one is read
     return flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+def reader(
+    directory: Path, wanted: Sequence[Parameter], dtype: np.dtype
+) -> Callable[[Parameter, Sequence[slice]], np.ndarray]:
+    """A function that reads parameter[index] from either kind of directory; the directory is checked at once."""
+    return (_native_reader if _is_native(directory) else _hugging_face_reader)(directory, wanted, dtype)
 
 
 def _hugging_face_reader(directory: Path, wanted: Sequence[Parameter], dtype: np.dtype) -> Callable:
@@ -175,7 +183,7 @@ def convert(checkpoint: str | Path, out: str | Path) -> None:
     wanted = hugging_face.parameters_of(checkpoint)
     sources = hugging_face.match(checkpoint, wanted)
     sizes = {p.path: int(np.prod(p.shape)) * DTYPES[sources[p.path][0].dtype].itemsize for p in wanted}
-    with _new_directory(out, sum(sizes.values())) as partial:
+    with new_directory(out, sum(sizes.values())) as partial:
         _copy_side_files(checkpoint, partial)
         # Orbax's own save holds three copies of an array (2.9 GB each at 7B). So it writes the tree with stubs for
         # leaves, and TensorStore, the library under it, replaces them piece by piece.
@@ -218,7 +226,7 @@ def _write_native(directory: Path, parameter: Parameter, sources: Sequence[Tenso
 
 
 @contextlib.contextmanager
-def _new_directory(out: Path, need: int) -> Iterator[Path]:
+def new_directory(out: Path, need: int) -> Iterator[Path]:
     """Yields a directory that becomes `out` when all is written, and goes when something fails."""
     if out.exists():
         raise ConfigError(f"{out} already exists; remove it or choose another name")
@@ -244,29 +252,51 @@ def _copy_side_files(source: Path, out: Path) -> None:
 
 
 def save_hugging_face(
-    params: dict, source: str | Path, out: str | Path, *, dtype: jnp.dtype, max_shard_bytes: int = 5 * 10**9
+    params: dict, source: str | Path, out: str | Path, *, dtype: jnp.dtype, max_shard_bytes: int = SHARD
 ) -> None:
     """The way back: writes parameters as a Hugging Face checkpoint that transformers loads, under its on-disk names.
 
     Args:
       params: the 'params' collection, all of it addressable from this process.
+      source, out, dtype, max_shard_bytes: see `write_hugging_face`.
+
+    Raises:
+      ConfigError: the parameters are not those of the source's config, or there are weights in `out`.
+    """
+    held = flax.traverse_util.flatten_dict(params, sep="/")
+    wanted = hugging_face.parameters_of(Path(source))
+    if wrong := {(path, value.shape) for path, value in held.items()} ^ {(p.path, p.shape) for p in wanted}:
+        raise ConfigError(f"the parameters do not fit {source}/config.json: {some({path for path, _ in wrong})}")
+    value = lambda parameter, layer: held[parameter.path] if layer is None else held[parameter.path][layer]  # noqa: E731
+    write_hugging_face(value, source, out, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+
+def write_hugging_face(
+    value: Callable[[Parameter, int | None], np.ndarray],
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: jnp.dtype,
+    max_shard_bytes: int = SHARD,
+) -> None:
+    """Writes a Hugging Face checkpoint shard by shard, asking for one tensor's values at a time.
+
+    Args:
+      value: a parameter and, where layers are stacked, the layer, to its values in our layout.
       source: a checkpoint directory of the same model; its config and tokenizer files are copied.
       out: the directory to write, which may be `source` while that has no weights. Weights appear when complete.
       dtype: bfloat16 or float32.
       max_shard_bytes: larger weights are cut into shards with an index. The host holds one shard.
 
     Raises:
-      ConfigError: the parameters are not those of the source's config, or there are weights in `out`.
+      ConfigError: there are weights in `out`.
     """
     source, out, dtype = Path(source), Path(out), np.dtype(dtype)
-    wanted = hugging_face.parameters_of(source)
-    held = flax.traverse_util.flatten_dict(params, sep="/")
-    if wrong := {(path, value.shape) for path, value in held.items()} ^ {(p.path, p.shape) for p in wanted}:
-        raise ConfigError(f"the parameters do not fit {source}/config.json: {some({path for path, _ in wrong})}")
     kinds = ("*.safetensors", "*.safetensors.index.json", "native.json")
     if weights := [path.name for kind in kinds for path in out.glob(kind)]:
         raise ConfigError(f"{out} already has weights ({some(weights)}); remove them or choose another directory")
-    tensors = {key: (parameter, layer) for parameter in wanted for layer, key in enumerate(parameter.keys)}
+    wanted = hugging_face.parameters_of(source)
+    tensors = {key: (p, layer if p.stacked else None) for p in wanted for layer, key in enumerate(p.keys)}
     if HEAD not in tensors:  # the config ties it; transformers 5 does not tie this model, so it is spelled out
         tensors[HEAD] = tensors[EMBEDDING]
     shards = _shards({key: parameter.size * dtype.itemsize for key, (parameter, _) in tensors.items()}, max_shard_bytes)
@@ -280,8 +310,8 @@ def save_hugging_face(
         values = {}
         for key in keys:
             parameter, layer = tensors[key]
-            value = held[parameter.path][layer] if parameter.stacked else held[parameter.path]
-            values[key] = np.ascontiguousarray(np.asarray(value).transpose(parameter.inverse).astype(dtype))
+            theirs = np.asarray(value(parameter, layer)).transpose(parameter.inverse)
+            values[key] = np.ascontiguousarray(theirs.astype(dtype))
         save_file(values, out / f"{name}.partial", metadata={"format": "pt"})
         (out / f"{name}.partial").rename(out / name)
     if len(shards) > 1:

@@ -132,6 +132,13 @@ class Tensor(NamedTuple):
     dtype: str  # as safetensors spells it
 
 
+def old_name(key: str) -> str:
+    """A tensor's name as in the published checkpoint, whichever version of transformers wrote it."""
+    for pattern, replacement in _NEW_NAMES:
+        key = pattern.sub(replacement, key)
+    return key
+
+
 def parameters(model: qwen2_audio.Qwen2Audio) -> list[Parameter]:
     """The model's base parameters in table order; nothing is allocated."""
     shapes = flax.traverse_util.flatten_dict(qwen2_audio.shapes(model)["params"], sep="/")
@@ -218,9 +225,7 @@ def tensors(directory: Path) -> dict[str, Tensor]:
     """
     found, twice = {}, []
     for tensor in _files(directory):
-        key = tensor.key
-        for pattern, replacement in _NEW_NAMES:
-            key = pattern.sub(replacement, key)
+        key = old_name(tensor.key)
         if key in found:
             other = found[key]
             twice.append(f"{other.key} in {other.file.name} and {tensor.key} in {tensor.file.name}")

@@ -1,124 +1,29 @@
 """How people would hear a clip: the distribution over emotions, and the reasoning that led to it.
 
-python -m ambijax.predict --model runs/tiny clip.wav [more.wav] [--transcript "..."] [--base] [--json]
+    python -m ambijax.predict --model runs/tiny clip.wav [--transcript "..."]
+    python -m ambijax.predict --model runs/tiny recordings/ 'more/**/*.flac' clips.csv --out heard.csv
 
->>> import ambijax
->>> model = ambijax.load("runs/tiny")  # doctest: +SKIP
->>> model.predict(["clip.wav"])[0].distribution  # doctest: +SKIP
-{'anger': 0.62, 'happiness': 0.05, ...}
+A model is a run directory, a directory written by ambijax.export, a PEFT adapter, or any Qwen2-Audio checkpoint. In
+Python: `ambijax.load(model).predict("clip.wav")`, see listener.py.
 """
 
 import argparse
+import contextlib
+import csv
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import jax
-import numpy as np
+import tqdm
 
-from ambijax import algorithms, assemble, audio, data, errors, features, metrics, prompt, reasoning, settings, sharding
-from ambijax.algorithms import Setting
-from ambijax.errors import ConfigError
+from ambijax import audio, errors, listener, listing
+from ambijax.errors import ConfigError, DataError
+from ambijax.listener import Model, Prediction
 
 BAR = 30  # characters of a full bar
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """What the model makes of one clip."""
-
-    distribution: dict[str, float]
-    reasoning: str  # the chain of thought, without the answer line
-    entropy: float  # of the distribution, bits
-    forced: bool  # the model never came to an answer; the answer anchor was appended for it
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Model:
-    """A trained run, ready to predict. Made by `load`."""
-
-    setting: Setting
-    variables: dict
-
-    def predict(
-        self, clips: Sequence[str | Path | np.ndarray], transcripts: Sequence[str] | None = None
-    ) -> list[Prediction]:
-        """Listens to clips. A clip's prediction does not depend on the others in the batch.
-
-        Args:
-          clips: sound files, or float samples [n] at 16 kHz.
-          transcripts: what is said in each; '' or None: the model is told that no transcript is given.
-
-        Raises:
-          DataError: a clip cannot be heard; names it.
-        """
-        transcripts = transcripts or [""] * len(clips)
-        if len(transcripts) != len(clips):
-            raise ConfigError(f"{len(transcripts)} transcripts for {len(clips)} clips; give one each, or none")
-        samples = [
-            audio.check(clip, audio.SAMPLE_RATE, f"clip {i}") if isinstance(clip, np.ndarray) else audio.load(clip)
-            for i, clip in enumerate(clips)
-        ]
-        c, v = self.setting.config, self.setting.vocabulary
-        windows = (*c.data.windows, audio.N_FRAMES)  # a clip may be longer than any of the corpus
-        mels = features.mels(samples, windows, self.setting.model.config.audio.num_mel_bins)
-        with jax.set_mesh(self.setting.mesh):
-            sounds = list(features.encode(self.setting.model, self.variables, self.setting.mesh, mels))
-            tokens = [
-                np.array(prompt.encode_prompt(v, text, sound.tokens, cot=c.data.cot), np.int32)
-                for text, sound in zip(transcripts, sounds, strict=True)
-            ]
-            size = sharding.round_up(min(c.eval.batch_size, len(clips)), self.setting.mesh)
-            return [
-                prediction
-                for start in range(0, len(clips), size)
-                for prediction in self._batch(
-                    tokens, sounds, range(start, min(start + size, len(clips))), size, windows
-                )
-            ]
-
-    def _batch(
-        self, tokens: list[np.ndarray], sounds: list[data.Sound], wanted: range, size: int, windows: tuple[int, ...]
-    ) -> list[Prediction]:
-        rows = [*wanted] + [wanted[0]] * (size - len(wanted))
-        batch = data.prompts(
-            [tokens[i] for i in rows],
-            [sounds[i] for i in rows],
-            rows,
-            windows=windows,
-            text_tokens=data.round_up(max(len(t) - s.tokens for t, s in zip(tokens, sounds, strict=True))),
-            pad=self.setting.vocabulary.endoftext,
-            live_tower=False,
-        )
-        placed = sharding.place(batch, self.setting.mesh)
-        rolled = self.setting.rollout(self.variables, placed, jax.random.key(0), samples=1, temperature=0.0)
-        texts, readout = algorithms.read(self.setting, sharding.fetch(rolled))
-        return [
-            Prediction(
-                distribution=dict(zip(self.setting.vocabulary.labels, readout[row, 0].tolist(), strict=True)),
-                reasoning=reasoning.split_answer(texts[row][0])[0],
-                entropy=float(metrics.entropy(readout[row, 0])),
-                forced=bool(rolled.forced[row, 0]),
-            )
-            for row in range(len(wanted))
-        ]
-
-
-def load(run: str | Path, *, base: bool = False) -> Model:
-    """Opens a run directory.
-
-    Args:
-      run: written by ambijax.train.
-      base: leave the adapters out.
-
-    Raises:
-      ConfigError: not a run directory, or its checkpoint or base weights are missing.
-    """
-    setting = assemble.setting(settings.load(run))
-    with jax.set_mesh(setting.mesh):
-        variables = {"params": assemble.base(setting)} if base else assemble.trained(setting, Path(run))
-    return Model(setting, variables)
 
 
 def _picture(prediction: Prediction) -> str:
@@ -129,20 +34,104 @@ def _picture(prediction: Prediction) -> str:
     return "\n".join([*bars, *(f"  {line}" for line in prediction.reasoning.splitlines()), *note])
 
 
-def main() -> None:
+def _hear(model: Model, clips: Sequence[listing.Clip], options: dict) -> Iterator[tuple[Path, Prediction | DataError]]:
+    """Predictions in order, a batch at a time, with a progress bar; a clip that cannot be heard gives its error."""
+    size = options["batch_size"] or model.setting.config.eval.batch_size
+    bar = tqdm.tqdm(total=len(clips), desc="predict", unit="clip", disable=None)
+    for start in range(0, len(clips), size):
+        batch = clips[start : start + size]
+        heard, results = {}, {}
+        for i, clip in enumerate(batch):
+            try:
+                heard[i] = audio.load(clip.path)
+            except DataError as error:
+                results[i] = error
+        if heard:
+            found = model.predict([*heard.values()], [batch[i].transcript for i in heard], **options)
+            results |= zip(heard, found, strict=True)
+        for i, clip in enumerate(batch):
+            yield clip.path, results[i]
+        bar.update(len(batch))
+    bar.close()
+
+
+def _record(path: Path, result: Prediction | DataError) -> dict:
+    """One line of JSON."""
+    return {"audio": str(path)} | (
+        {"error": str(result)} if isinstance(result, DataError) else dataclasses.asdict(result)
+    )
+
+
+@contextlib.contextmanager
+def _file(out: Path, labels: Sequence[str]) -> Iterator[Callable[[dict], None]]:
+    """Opens a .jsonl or .csv file and yields what writes a record into it, at once."""
+    with out.open("x", encoding="utf-8", newline="", buffering=1) as file:
+        if out.suffix == ".jsonl":
+            yield lambda record: file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            return
+        probabilities = {label: f"p.{label}" for label in labels}
+        table = csv.DictWriter(file, ["audio", *probabilities.values(), "entropy", "forced", "reasoning", "error"])
+        table.writeheader()
+
+        def row(record: dict) -> None:
+            flat = {probabilities[label]: p for label, p in record.pop("distribution", {}).items()}
+            table.writerow(record | flat)
+
+        yield row
+
+
+def _print(record: dict, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(record, ensure_ascii=False))
+    elif "error" not in record:
+        path = record.pop("audio")
+        print(f"{path}\n{_picture(Prediction(**record))}\n")
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m ambijax.predict", description=__doc__.splitlines()[0])
-    parser.add_argument("clips", nargs="+", type=Path, help="wav or flac files")
-    parser.add_argument("--model", required=True, type=Path, help="run directory written by ambijax.train")
-    parser.add_argument("--transcript", action="append", help="what is said; once for each clip, in order")
-    parser.add_argument("--base", action="store_true", help="the model before training")
-    parser.add_argument("--json", action="store_true", help="one JSON object a clip and line")
-    args = parser.parse_args()
-    predictions = load(args.model, base=args.base).predict(args.clips, args.transcript)
-    for clip, prediction in zip(args.clips, predictions, strict=True):
-        if args.json:
-            print(json.dumps({"audio": str(clip), **dataclasses.asdict(prediction)}, ensure_ascii=False))
-        else:
-            print(f"{clip}\n{_picture(prediction)}\n")
+    add = parser.add_argument
+    add("clips", nargs="+", help="sound files, folders, globs, .csv tables, or - for a list of these on stdin")
+    add("--model", required=True, type=Path, help="run directory, export, PEFT adapter or Qwen2-Audio checkpoint")
+    add("--transcript", action="append", help="what is said; once for each clip, in order")
+    add("--columns", default="audio,transcript", help="of a .csv table: paths, transcripts")
+    add("--out", type=Path, help="a .csv or .jsonl file to write; without it results are printed")
+    add("--json", action="store_true", help="print one JSON object a clip and line")
+    add("--base", action="store_true", help="the model before training")
+    add("--labels", help="class words, separated by commas, for a checkpoint that does not name its own")
+    add("--checkpoint", type=Path, help="where the base weights lie, if not where the run or the adapter says")
+    add("--batch_size", type=int, help="clips at once; changes nothing but speed and memory")
+    add("--samples", type=int, default=1, help="chains of thought to average over; 1: the likeliest")
+    add("--temperature", type=float, default=1.0, help="of several samples")
+    add("--seed", type=int, default=0, help="of several samples")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = _arguments()
+    if args.out and (args.out.suffix not in (".csv", ".jsonl") or args.out.exists()):
+        raise ConfigError(f"--out {args.out} must be a .csv or .jsonl file that does not exist yet")
+    columns = args.columns.split(",")
+    if len(columns) != 2 or args.samples < 1 or (args.batch_size or 1) < 1 or args.temperature <= 0:
+        raise ConfigError("--columns names two; --samples, --batch_size and --temperature are positive")
+    clips = list(listing.clips(args.clips, tuple(columns)))
+    if args.transcript and len(args.transcript) != len(clips):
+        raise ConfigError(f"{len(args.transcript)} transcripts for {len(clips)} clips; give one each, or none")
+    if args.transcript:
+        clips = [clip._replace(transcript=said) for clip, said in zip(clips, args.transcript, strict=True)]
+    labels = args.labels.split(",") if args.labels else None
+    model = listener.load(args.model, base=args.base, labels=labels, checkpoint=args.checkpoint)
+    options = {key: getattr(args, key) for key in ("batch_size", "samples", "temperature", "seed")}
+    printed = contextlib.nullcontext(functools.partial(_print, as_json=args.json))
+    bad = 0
+    with _file(args.out, model.setting.vocabulary.labels) if args.out else printed as write:
+        for path, result in _hear(model, clips, options):
+            if isinstance(result, DataError):
+                bad += 1
+                tqdm.tqdm.write(f"ambijax: {result}", file=sys.stderr)
+            write(_record(path, result))
+    if bad:
+        raise DataError(f"{bad} of {len(clips)} clips could not be heard, see above; the others are done")
 
 
 if __name__ == "__main__":

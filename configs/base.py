@@ -18,7 +18,7 @@ def get_config(corpus: str) -> ConfigDict:
     c.seed = 0
     c.algorithm = "sft"  # sft | dpo | grpo | grpoz
     c.steps = 3000  # unknown; CREMA-D's training folds are 1,100 batches of 4 an epoch. 0: evaluate the start
-    c.init_from = ""  # a run directory whose adapters to start from; the paper starts DPO and GRPO from the base
+    c.init_from = ""  # a run or a PEFT directory to take adapters from; the paper's DPO and GRPO start from the base
 
     c.model = ConfigDict()
     c.model.checkpoint = "Qwen2-Audio-7B-Instruct"  # Hugging Face directory, or one written by ambijax.convert

@@ -1,0 +1,164 @@
+"""The model card of an export: what the weights are, what they learned from, how well they do, what they are not for.
+
+Everything in it is read from the run: config.json, the corpus' own description, eval/test/summary.json.
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+from ml_collections import FrozenConfigDict
+
+import ambijax
+from ambijax import assemble, prompt
+from ambijax.evaluate import COLUMNS
+
+PAPER = "Disentangling Reasoning in Large Audio-Language Models for Ambiguous Emotion Prediction"
+CITATION = """@inproceedings{yu2026disentangling,
+  title = {Disentangling Reasoning in Large Audio-Language Models for Ambiguous Emotion Prediction},
+  author = {Yu and Dong and Honorio and Ghosh and Jia and Dang},
+  booktitle = {Interspeech}, year = {2026}, note = {arXiv:2603.08230}
+}"""
+# What a corpus' description says -> what its licence asks of those who pass on a model.
+_CORPUS_LICENCES = {
+    "CREMA-D": "CREMA-D: database ODbL 1.0, contents DbCL 1.0; name it and its authors (Cao et al., 2014).",
+    "IEMOCAP": "IEMOCAP: the USC licence, for research; neither audio nor transcripts may be passed on, and this "
+    "directory holds none.",
+}
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What an export knows of itself."""
+
+    run: Path
+    config: FrozenConfigDict
+    kind: str  # peft | merged
+    step: int  # updates done when these weights were saved
+    best: bool  # chosen by dev score
+    base_model: str
+    licence: str
+
+
+def render(about: About) -> str:
+    """The card, Markdown with the header that the Hugging Face hub reads."""
+    c = about.config
+    described = _corpus_description(c)
+    licences = [text for name, text in _CORPUS_LICENCES.items() if name in described]
+    sections = {
+        f"Emotion as a distribution: {c.algorithm.upper()} on {Path(about.base_model).name}": _what(about),
+        "Use": _use(about),
+        "Data": f"{described}\n\nClasses: {', '.join(c.data.labels)}. The speakers of fold {c.data.fold} are held out.",
+        "Training": _training(about),
+        "Metrics": _metrics(about),
+        "Intended use": "Research on how listeners disagree about emotion in speech: annotation studies, uncertainty, "
+        "calibration. The output says how a group of listeners would label the voice, not what the speaker feels.",
+        "Limits": "The classes are coarse and the listeners few, and from one culture each; acted speech is not "
+        "spontaneous speech. The reasoning is generated text and may name cues that are not in the sound. Do not use "
+        "it to judge, rank, hire, diagnose or watch people; in the EU, inferring emotions at work or in schools is "
+        "prohibited (AI Act, article 5).",
+        "Licence": "\n".join(
+            f"- {line}"
+            for line in (f"Base model: the licence of {about.base_model} applies to what derives from it.", *licences)
+        ),
+        "Citation": f"```bibtex\n{CITATION}\n```",
+    }
+    (title, first), *rest = sections.items()
+    body = "\n\n".join(f"## {name}\n\n{text}" for name, text in rest)
+    return f"{_header(about)}\n# {title}\n\n{first}\n\n{body}\n"
+
+
+def _header(about: About) -> str:
+    named = _HUB_NAME.fullmatch(about.base_model) and not Path(about.base_model).exists()
+    tags = ["ambijax", "speech-emotion-recognition", "ambiguity", "qwen2-audio", *["lora"] * (about.kind == "peft")]
+    lines = [
+        *[f"base_model: {about.base_model}"] * bool(named),
+        f"library_name: {'peft' if about.kind == 'peft' else 'transformers'}",
+        "pipeline_tag: audio-text-to-text",
+        f"license: {about.licence}",
+        f"tags: [{', '.join(tags)}]",
+    ]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _what(about: About) -> str:
+    form = {
+        "peft": "a LoRA adapter in PEFT's format",
+        "merged": "a whole checkpoint, what was trained merged into the base weights",
+    }[about.kind]
+    return (
+        f"This is {form}. It listens to a clip of speech, reasons about words and voice, and predicts the distribution "
+        f"of listeners' judgements over {len(about.config.data.labels)} emotions instead of one label. Method: "
+        f"[{PAPER}](https://arxiv.org/abs/2603.08230), in the implementation of ambijax {ambijax.__version__}."
+    )
+
+
+def _use(about: About) -> str:
+    base = f', checkpoint="{about.base_model}"' if about.kind == "peft" else ""
+    return (
+        f'```python\nimport ambijax\n\nmodel = ambijax.load("this_directory"{base})\n'
+        'model.predict("clip.wav").distribution\n```\n\n'
+        "With transformers (4.57 or 5), the distribution is the softmax over the class words' logits right after "
+        f'"{prompt.ANCHOR}": see docs/export.md of ambijax for the program. `ambijax.json` holds the class words.'
+    )
+
+
+def _corpus_description(config: FrozenConfigDict) -> str:
+    """What the corpus says of itself, where it is at hand."""
+    if config.data.corpus == "synthetic":
+        return "Synthetic speech of the tiny lab of ambijax, with simulated listeners: no person was recorded."
+    path = Path(config.data.root) / "corpus.json"
+    text = json.loads(path.read_text()).get("description") if path.is_file() else ""
+    return text or f"A corpus called {Path(config.data.root).name}, with listeners' votes."
+
+
+def _training(about: About) -> str:
+    c = about.config
+    adapted = any(pattern.startswith("lora") for pattern in c.optim.train)
+    trained = [*[f"LoRA, rank {c.lora.rank}, alpha {c.lora.alpha:g}"] * adapted]
+    trained += [f"base weights: {', '.join(f'`{p}`' for p in c.optim.train if not p.startswith('lora'))}"] * bool(
+        assemble.trains_base(c)
+    )
+    rows = {
+        "algorithm": c.algorithm.upper(),
+        "trained": "; ".join(trained),
+        "updates": f"{about.step} of {c.steps}" + ", the best on dev" * about.best,
+        "batch": f"{c.data.batch_size} prompts",
+        "learning rate": f"{c.optim.learning_rate:g}, warm-up {c.optim.warmup:g}, then cosine",
+        "loss weights": f"CE {c.loss.lambda_ce:g}, KL {c.loss.lambda_kl:g}",
+        "seed": c.seed,
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _metrics(about: About) -> str:
+    """The table of the run's own evaluation, base and trained."""
+    evaluated = {"base": "test-base", "these weights": "test"}
+    summaries = {
+        title: json.loads(path.read_text())
+        for title, name in evaluated.items()
+        if (path := about.run / "eval" / name / "summary.json").is_file()
+    }
+    if "these weights" not in summaries:
+        return "Not evaluated: `python -m ambijax.evaluate --run RUN` before the export fills this in."
+    if about.step != about.config.steps:
+        summaries[f"after {about.config.steps} updates"] = summaries.pop("these weights")
+    level = about.config.eval.level
+    clips = next(iter(summaries.values()))["clips"]
+    rows = [f"| {title} | {' | '.join(_cell(s, key) for key in COLUMNS.values())} |" for title, s in summaries.items()]
+    note = (
+        f"{clips} clips of speakers it never heard. The model writes its reasoning freely, and the distribution is "
+        f"read out after it. JS in bits; R2 is a clip's squared correlation over classes; in brackets {level:.0%} "
+        "bootstrap intervals."
+    )
+    return "\n".join([note, "", f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|", *rows])
+
+
+def _cell(summary: dict, key: str) -> str:
+    """A measure with its interval, both over the clips."""
+    if summary.get(key) is None:
+        return ""
+    low, high = summary["intervals"].get(key, (None, None))
+    return f"{summary[key]:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")

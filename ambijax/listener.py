@@ -1,0 +1,250 @@
+"""A model that listens: a run, an export or a checkpoint, opened to predict distributions for any clip.
+
+>>> import ambijax
+>>> model = ambijax.load("runs/tiny")  # doctest: +SKIP
+>>> model.predict("clip.wav").distribution  # doctest: +SKIP
+{'anger': 0.62, 'happiness': 0.05, ...}
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from ambijax import (
+    algorithms,
+    assemble,
+    audio,
+    data,
+    features,
+    hugging_face,
+    metrics,
+    peft,
+    prompt,
+    reasoning,
+    settings,
+    sharding,
+)
+from ambijax.algorithms import Setting
+from ambijax.errors import ConfigError
+from ambijax.model.config import LoraConfig
+
+ABOUT = "ambijax.json"  # in an exported directory: how the model is asked
+FORMAT = 1  # of it
+# How a checkpoint is asked that says nothing of itself: as configs/base.py asks one that is trained.
+_UNTOLD = {"cot": True, "max_tokens": 256, "windows": [256, 512, 1024], "temperature": 1.0, "batch_size": 16}
+_NO_LORA = LoraConfig(rank=1, alpha=1.0, dropout=0.0, audio_tower=False)  # of a model without adapters: unused
+_MESH = {"data": 1, "fsdp": -1, "tensor": 1}  # all devices that are here, whatever it was trained on
+_NO_BATCH = 0  # of training, which does not happen; a multiple of any mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What the model makes of one clip."""
+
+    distribution: dict[str, float]  # with several samples, their mean
+    reasoning: str  # the chain of thought, without the answer line; with several samples, the first
+    entropy: float  # of the distribution, bits
+    forced: bool  # that reasoning never came to an answer; the answer anchor was appended for it
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A model ready to predict. Made by `load`."""
+
+    setting: Setting
+    variables: dict
+
+    def predict(
+        self,
+        clips: str | Path | np.ndarray | Sequence[str | Path | np.ndarray],
+        transcripts: str | Sequence[str] | None = None,
+        *,
+        batch_size: int | None = None,
+        samples: int = 1,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> Prediction | list[Prediction]:
+        """Listens to one clip, or to several. A clip's prediction does not depend on the others in the batch.
+
+        Args:
+          clips: sound file, or float samples [n] at 16 kHz; or a list of such.
+          transcripts: what is said, for a list one each; '' or None: the model is told that no transcript is given.
+          batch_size: clips at once; None is the setting's. It changes speed and memory, not the numbers.
+          samples: 1 writes the likeliest chain of thought; more draw as many, and the distribution is their mean.
+          temperature: of the drawing, unused with one sample.
+          seed: of the drawing; what is drawn for a clip depends on it and on the clip alone.
+
+        Returns:
+          a prediction for one clip, a list for a list.
+
+        Raises:
+          DataError: a clip cannot be heard; names it.
+        """
+        if isinstance(clips, str | Path | np.ndarray):
+            alone = None if transcripts is None else [transcripts]
+            options = {"batch_size": batch_size, "samples": samples, "temperature": temperature, "seed": seed}
+            return self.predict([clips], alone, **options)[0]
+        transcripts = transcripts or [""] * len(clips)
+        if isinstance(transcripts, str) or len(transcripts) != len(clips):
+            raise ConfigError(f"{len(transcripts)} transcripts for {len(clips)} clips; give one each, or none")
+        heard = [
+            audio.check(clip, audio.SAMPLE_RATE, f"clip {i}") if isinstance(clip, np.ndarray) else audio.load(clip)
+            for i, clip in enumerate(clips)
+        ]
+        key = jax.random.key(seed)
+        temperature = temperature if samples > 1 else 0.0
+        predictions = []
+        for start in range(0, len(heard), batch_size or self.setting.config.eval.batch_size):
+            part = slice(start, start + (batch_size or self.setting.config.eval.batch_size))
+            with jax.set_mesh(self.setting.mesh):
+                asked = self._asked(heard[part], transcripts[part])
+                rolled = self.setting.rollout(self.variables, asked, key, samples, temperature)
+            texts, readout = algorithms.read(self.setting, sharding.fetch(rolled))
+            predictions += [self._prediction(*row) for row in zip(texts, readout, rolled.forced, strict=True)][
+                : len(heard[part])
+            ]
+        return predictions
+
+    def _asked(self, heard: Sequence[np.ndarray], transcripts: Sequence[str]) -> object:
+        """The prompts of some clips on the mesh, filled up to a power of two: few shapes are ever compiled."""
+        c, v = self.setting.config, self.setting.vocabulary
+        windows = (*c.data.windows, audio.N_FRAMES)  # a clip may be longer than any of the corpus
+        mels = features.mels(heard, windows, self.setting.model.config.audio.num_mel_bins)
+        sounds = list(features.encode(self.setting.model, self.variables, self.setting.mesh, mels))
+        tokens = [
+            np.array(prompt.encode_prompt(v, text, sound.tokens, cot=c.data.cot), np.int32)
+            for text, sound in zip(transcripts, sounds, strict=True)
+        ]
+        size = sharding.round_up(1 << (len(heard) - 1).bit_length(), self.setting.mesh)
+        rows = [*range(len(heard))] + [0] * (size - len(heard))
+        numbers = [zlib.crc32(clip.tobytes()) & 0x7FFFFFFF for clip in heard]  # what is drawn depends on the sound
+        asked = data.prompts(
+            [tokens[i] for i in rows],
+            [sounds[i] for i in rows],
+            [numbers[i] for i in rows],
+            windows=windows,
+            text_tokens=data.round_up(max(len(t) - s.tokens for t, s in zip(tokens, sounds, strict=True))),
+            pad=v.endoftext,
+            live_tower=False,
+        )
+        return sharding.place(asked, self.setting.mesh)
+
+    def _prediction(self, texts: list[str], readout: np.ndarray, forced: np.ndarray) -> Prediction:
+        """One clip's samples: N texts, distributions [N, K], flags [N]."""
+        mean = readout.mean(axis=0)
+        return Prediction(
+            distribution=dict(zip(self.setting.vocabulary.labels, mean.tolist(), strict=True)),
+            reasoning=reasoning.split_answer(texts[0])[0],
+            entropy=float(metrics.entropy(mean)),
+            forced=bool(forced[0]),
+        )
+
+
+def load(
+    model: str | Path,
+    *,
+    base: bool = False,
+    labels: Sequence[str] | None = None,
+    checkpoint: str | Path | None = None,
+) -> Model:
+    """Opens a model for prediction.
+
+    Args:
+      model: a run directory; a directory written by ambijax.export; a PEFT adapter; a Qwen2-Audio checkpoint.
+      base: leave the adapters of a run or a PEFT directory out.
+      labels: the class words to choose from; None takes what the directory says.
+      checkpoint: where the base weights lie; None takes what a run or a PEFT directory says.
+
+    Raises:
+      ConfigError: none of these, or something is missing or does not fit; says what.
+    """
+    model = Path(model)
+    if peft.is_directory(model):
+        return _load_peft(model, base, labels, checkpoint)
+    if not (model / "config.json").is_file():
+        what = "no run directory, export or checkpoint: it has neither config.json nor adapter_config.json"
+        raise ConfigError(f"{model} is {what}")
+    if "model_type" in hugging_face.read_json(model / "config.json"):
+        if base or checkpoint:
+            raise ConfigError(f"{model} is a whole checkpoint without adapters; load its base by its own directory")
+        setting = assemble.setting(_config(model, _told(model, labels)))
+        with jax.set_mesh(setting.mesh):
+            return Model(setting, {"params": assemble.base(setting)})
+    config = ConfigDict(settings.load(model).to_dict())
+    with config.ignore_type():
+        config.mesh.update(_MESH)
+        config.model.checkpoint = str(checkpoint or config.model.checkpoint)
+        config.data.labels = tuple(labels or config.data.labels)
+        config.data.batch_size = _NO_BATCH
+    setting = assemble.setting(FrozenConfigDict(config))
+    with jax.set_mesh(setting.mesh):
+        return Model(setting, {"params": assemble.base(setting)} if base else assemble.trained(setting, model))
+
+
+def _load_peft(directory: Path, base: bool, labels: Sequence[str] | None, checkpoint: str | Path | None) -> Model:
+    lora, name = peft.describe(directory)
+    checkpoint = Path(checkpoint or name)
+    if not (checkpoint / "config.json").is_file():
+        raise ConfigError(f"{directory} adapts {name!r}, which is not here; say where it lies with checkpoint")
+    setting = assemble.setting(_config(checkpoint, _told(directory, labels), lora, init_from=directory))
+    with jax.set_mesh(setting.mesh):
+        variables = {"params": assemble.base(setting)}
+        return Model(setting, variables if base else variables | {"lora": assemble.adapters(setting)})
+
+
+def about(config: FrozenConfigDict) -> dict:
+    """How a run's model is asked, for `ABOUT`: what this module needs, and the texts for whoever uses another tool."""
+    c = config
+    ask = {name: prompt.instruction(said, c.data.labels, cot=c.data.cot) for name, said in _SAID.items()}
+    return {
+        "format": FORMAT,
+        "labels": list(c.data.labels),
+        "instruction": ask,
+        "anchor": prompt.ANCHOR,
+        "cot": c.data.cot,
+        "max_tokens": c.data.max_tokens,
+        "windows": list(c.data.windows),
+        "temperature": c.readout.temperature,
+        "batch_size": c.eval.batch_size,
+        "dtype": c.model.dtype,
+    }
+
+
+_SAID = {"with_transcript": "{transcript}", "without_transcript": ""}
+
+
+def _told(directory: Path, labels: Sequence[str] | None) -> dict:
+    """What `ABOUT` in an exported directory says; defaults where there is none."""
+    told = hugging_face.read_json(directory / ABOUT) if (directory / ABOUT).is_file() else {}
+    if told and told.get("format") != FORMAT:
+        raise ConfigError(f"{directory / ABOUT} has format {told.get('format')!r}, this ambijax reads {FORMAT}")
+    told = {"dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16"} | _UNTOLD | told
+    labels = labels or told.get("labels")
+    if not labels:
+        raise ConfigError(f"{directory} does not say which emotions to choose from; name them with labels")
+    return told | {"labels": tuple(labels)}
+
+
+def _config(checkpoint: Path, told: dict, lora: LoraConfig = _NO_LORA, init_from: str | Path = "") -> FrozenConfigDict:
+    """The settings that prediction needs, for a model that is not a run."""
+    return FrozenConfigDict(
+        {
+            "model": {"checkpoint": str(checkpoint), "dtype": told["dtype"], "remat": "nothing_saveable"},
+            "lora": dataclasses.asdict(lora),
+            "seed": 0,
+            "init_from": str(init_from),
+            "mesh": _MESH,
+            "data": {
+                **{key: told[key] for key in ("labels", "cot", "max_tokens")},
+                "windows": tuple(told["windows"]),
+                "batch_size": _NO_BATCH,
+            },
+            "readout": {"temperature": told["temperature"]},
+            "eval": {"batch_size": told["batch_size"]},
+        }
+    )

@@ -1,0 +1,65 @@
+"""What a command line names -> clips with their transcripts: files, folders, globs, tables, and a list on stdin."""
+
+import csv
+import glob
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ambijax.errors import DataError
+
+SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au")  # what a folder is searched for
+
+
+class Clip(NamedTuple):
+    """A sound file, which need not exist, and what is said in it, '' where nobody says."""
+
+    path: Path
+    transcript: str = ""
+
+
+def clips(names: Sequence[str], columns: tuple[str, str]) -> Iterator[Clip]:
+    """Clips in the order of `names`, the content of a folder or a glob sorted.
+
+    Args:
+      names: a sound file; a folder, searched with all below it; a glob, which the shell may have left to us; a `.csv`
+        table; `-` for a list of any of these on stdin, one a line.
+      columns: the table's columns of paths (relative to the table) and of transcripts; the second may be absent.
+
+    Raises:
+      DataError: a folder or glob without sound files, a table that cannot be read.
+    """
+    for name in names:
+        path = Path(name)
+        if name == "-":
+            yield from clips([line.strip() for line in sys.stdin if line.strip()], columns)
+        elif path.is_dir():
+            yield from map(Clip, _found(name, path.rglob("*")))
+        elif path.suffix.lower() == ".csv":
+            yield from _table(path, *columns)
+        elif not path.exists() and glob.has_magic(name):
+            yield from map(Clip, _found(name, map(Path, glob.glob(name, recursive=True))))
+        else:
+            yield Clip(path)
+
+
+def _found(name: str, paths: Iterable[Path]) -> list[Path]:
+    """The sound files among `paths`; hidden ones (.DS_Store, ._clip.wav) are none."""
+    found = sorted(p for p in paths if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
+    if not found:
+        raise DataError(f"{name}: no sound file there ({', '.join(SUFFIXES)})")
+    return found
+
+
+def _table(path: Path, audio: str, transcript: str) -> Iterator[Clip]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a readable table ({error})") from None
+    if not rows or not rows[0].get(audio):
+        have = ", ".join(map(str, rows[0])) if rows else "no rows"
+        raise DataError(f"{path}: no column '{audio}' with paths (it has {have}); name it with --columns")
+    for row in rows:
+        yield Clip(path.parent / (row[audio] or ""), row.get(transcript) or "")

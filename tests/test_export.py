@@ -1,0 +1,446 @@
+"""Exports in the tools they are for: transformers and PEFT in torch compute the same logits, without a warning."""
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import ambijax
+from ambijax import assemble, checkpoint, export, peft, settings
+from ambijax.errors import ConfigError
+from ambijax.model.config import LoraConfig
+from tests import trained
+
+pytestmark = pytest.mark.skipif(not (trained.TINY / "model.safetensors").exists(), reason="not in this checkout")
+ROOT = Path(__file__).parents[1]
+# PEFT asks transformers for something that transformers is about to rename; nothing we could write differently.
+ignore_is_gradient = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return trained.make(tmp_path_factory.mktemp("lora") / "run")
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory) -> Path:
+    """A run whose audio tower has adapters, too."""
+    return trained.make(tmp_path_factory.mktemp("tower") / "run", "--config.lora.audio_tower=True")
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory) -> Path:
+    """A run of full fine-tuning."""
+    return trained.make(tmp_path_factory.mktemp("full") / "run", "--config.optim.train=('params/.*',)", base=True)
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory) -> Path:
+    """The PEFT export of `run`, read only."""
+    out = tmp_path_factory.mktemp("exported") / "peft"
+    export.export(run, "peft", out)
+    return out
+
+
+@functools.cache
+def inputs() -> dict:
+    """A prompt with audio, one row."""
+    rng = np.random.default_rng(0)
+    config = json.loads((trained.TINY / "config.json").read_text())
+    words = rng.integers(5, config["text_config"]["vocab_size"] - 70, 21)
+    tokens = np.concatenate([words[:9], [config["audio_token_index"]] * 25, words[9:]])[None]
+    mel = rng.standard_normal((1, 3000, 128)).astype(np.float32)
+    return {"mel": mel, "frames": np.array([101]), "tokens": tokens.astype(np.int32)}
+
+
+@functools.cache
+def ours(run: Path, *, base: bool = False) -> np.ndarray:
+    """Logits of a run by this package."""
+    setting = assemble.setting(settings.load(run))
+    with jax.set_mesh(setting.mesh):
+        variables = {"params": assemble.base(setting)} if base else assemble.trained(setting, run)
+    mel, frames, tokens = inputs().values()
+    return np.asarray(jax.jit(setting.model.apply)(variables, mel, frames, tokens, jnp.ones(tokens.shape, bool)))
+
+
+@contextlib.contextmanager
+def no_complaint(caplog, capfd):
+    """transformers logs and prints what does not fit; PEFT warns, which pytest makes an error."""
+    import transformers
+
+    transformers.utils.logging.enable_propagation()
+    with caplog.at_level(logging.WARNING):
+        yield
+    transformers.utils.logging.disable_propagation()
+    assert not caplog.records, caplog.text
+    said = capfd.readouterr()
+    assert not re.search(r"missing|unexpected|mismatch|newly initialized|not used", said.out + said.err, re.IGNORECASE)
+
+
+def theirs(directory: Path, adapter: Path | None = None) -> np.ndarray:
+    """Logits of a Hugging Face directory by transformers, and PEFT, in torch."""
+    import torch
+    from transformers import Qwen2AudioForConditionalGeneration
+
+    model, info = Qwen2AudioForConditionalGeneration.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
+    mel, frames, tokens = inputs().values()
+    with torch.no_grad():
+        return model.eval()(
+            input_ids=torch.tensor(tokens).long(),
+            attention_mask=torch.ones(tokens.shape, dtype=torch.long),
+            input_features=torch.tensor(mel.transpose(0, 2, 1)),
+            feature_attention_mask=torch.tensor(np.arange(mel.shape[1]) < frames[:, None]).long(),
+        ).logits.numpy()
+
+
+@ignore_is_gradient
+def test_peft_gives_the_same_logits(run, exported, caplog, capfd):
+    pytest.importorskip("torch")
+    pytest.importorskip("peft")
+    with no_complaint(caplog, capfd):
+        found = theirs(trained.TINY, exported)
+    expected = ours(run)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.abs(expected - ours(run, base=True)).max() > 0.1  # an adapter that does nothing would show
+
+
+@pytest.mark.parametrize("kind", ["run", "tower", "full"])
+def test_transformers_gives_the_same_logits(kind, tmp_path, request, caplog, capfd, monkeypatch):
+    pytest.importorskip("torch")
+    run = request.getfixturevalue(kind)
+    small = functools.partial(export.convert.write_hugging_face, max_shard_bytes=3 * 2**20)
+    monkeypatch.setattr(export.convert, "write_hugging_face", small)
+    export.export(run, "merged", tmp_path / "out", dtype="float32")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    with no_complaint(caplog, capfd):
+        found = theirs(tmp_path / "out")
+    expected = ours(run)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.abs(expected - ours(run, base=True)).max() > 0.1
+
+
+def test_merged_is_a_base_like_any_other(run, tmp_path):
+    export.export(run, "merged", tmp_path / "merged", dtype="float32")
+    again = trained.make(tmp_path / "again", f"--config.model.checkpoint={tmp_path / 'merged'}")
+    np.testing.assert_allclose(ours(again, base=True), ours(run), atol=1e-4)
+
+
+def test_merged_from_a_native_checkpoint(run, tmp_path):
+    export.convert.convert(trained.TINY, tmp_path / "native")
+    native = trained.make(tmp_path / "run", f"--config.model.checkpoint={tmp_path / 'native'}")
+    for name, source in (("a", run), ("b", native)):
+        export.export(source, "merged", tmp_path / name)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_what_was_written_is_what_was_published(exported):
+    """Names and fields as measured to load under transformers 4.57 and 5, written out by hand."""
+    tensors = load_file(exported / "adapter_model.safetensors")
+    name = "base_model.model.language_model.model.layers.3.self_attn.q_proj.lora_A.weight"
+    assert tensors[name].shape == (8, 192)
+    assert tensors[name.replace("self_attn.q_proj.lora_A", "mlp.down_proj.lora_B")].shape == (192, 8)
+    assert len(tensors) == 4 * 7 * 2
+    about = json.loads((exported / "adapter_config.json").read_text())
+    assert about.pop("base_model_name_or_path") == str(trained.TINY)
+    assert about == {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+# --- card, digests, refusals
+
+
+def test_the_card_says_what_the_run_was(run, tmp_path):
+    summary = {"js": 0.1234, "bc": 0.8, "r2": 0.5, "brier": 0.04, "accuracy": 0.5, "format": 1.0, "clips": 7}
+    summary["intervals"] = {"js": [0.1, 0.15]}
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    for name in ("test", "test-base"):
+        (copy / "eval" / name).mkdir(parents=True)
+        (copy / "eval" / name / "summary.json").write_text(json.dumps(summary))
+    export.export(copy, "peft", tmp_path / "out", base_model="Qwen/Qwen2-Audio-7B-Instruct", licence="apache-2.0")
+    card = (tmp_path / "out" / "README.md").read_text()
+    header = card.split("---")[1]
+    assert "base_model: Qwen/Qwen2-Audio-7B-Instruct\n" in header
+    assert "library_name: peft\n" in header
+    assert "license: apache-2.0\n" in header
+    for words in (
+        "Synthetic speech",
+        "LoRA, rank 8, alpha 16",
+        "3 of 3",
+        "0.123 [0.100, 0.150]",
+        "7 clips",
+        "AI Act",
+        "2603.08230",
+    ):
+        assert words in card, words
+    assert str(tmp_path) not in card
+    import huggingface_hub
+
+    assert huggingface_hub.ModelCard(card).data.base_model == "Qwen/Qwen2-Audio-7B-Instruct"  # the header is YAML
+
+
+def test_an_unevaluated_run_says_so(exported):
+    assert "Not evaluated" in (exported / "README.md").read_text()
+
+
+def test_digests_are_of_every_file(exported):
+    sums = dict(line.split("  ")[::-1] for line in (exported / "SHA256SUMS").read_text().splitlines())
+    names = {path.name for path in exported.iterdir()} - {"SHA256SUMS"}
+    assert sums == {name: hashlib.sha256((exported / name).read_bytes()).hexdigest() for name in names}
+
+
+def test_best_is_the_best(tmp_path, run):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    _, weights, meta = checkpoint.load_adapters(run / "checkpoints", best=False)
+    shutil.rmtree(copy / "checkpoints")
+    with checkpoint.Checkpoints(copy / "checkpoints", keep=2) as saved:
+        for step, metric in ((1, 0.2), (2, 0.3)):
+            scaled = jax.tree.map(lambda x, step=step: jnp.asarray(x * step), weights)
+            saved.save(step, {checkpoint.TRAINED: scaled}, meta, metric=metric)
+    export.export(copy, "peft", tmp_path / "out", best=True)
+    key = "base_model.model.language_model.model.layers.0.mlp.up_proj.lora_A.weight"
+    a = weights["lora"]["language_model"]["layers"]["up_proj"]["a"]
+    np.testing.assert_array_equal(load_file(tmp_path / "out" / "adapter_model.safetensors")[key], a[0].T)
+    assert "1 of 3, the best on dev" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_refusals(run, tower, full, tmp_path):
+    (tmp_path / "there").mkdir()
+    other = trained.make(tmp_path / "other", f"--config.model.checkpoint={tmp_path / 'base'}")
+    shutil.copytree(trained.TINY, tmp_path / "base", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    weights = load_file(tmp_path / "base/model.safetensors")
+    weights["language_model.model.norm.weight"] += 1
+    export.convert.save_file(weights, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    for source, kind, out, message in (
+        (tower, "peft", "out", "adapters on the audio tower .* use --format merged"),
+        (full, "peft", "out", "trained base weights, which no adapter holds; use --format merged"),
+        (run, "peft", "there", "there already exists; remove it or choose another name"),
+        (other, "merged", "out", "was trained on other weights than .*base holds now"),
+        (tmp_path, "peft", "out", "is not a run directory"),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            export.export(source, kind, tmp_path / out)
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists()
+        assert not list(tmp_path.glob("*.partial"))
+
+
+KILLED = """
+import functools, os, sys
+from pathlib import Path
+from ambijax import convert, export
+save, left = convert.save_file, int(sys.argv[3])
+def count(*args, **kwargs):
+    global left
+    save(*args, **kwargs)
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), 9)
+convert.save_file = count
+convert.write_hugging_face = functools.partial(convert.write_hugging_face, max_shard_bytes=2**20)
+export.export(Path(sys.argv[1]), "merged", Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [1, 4])
+def test_a_killed_export_is_not_accepted(tmp_path, run, after):
+    out = tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", KILLED, run, out, str(after)], capture_output=True, check=False)
+    assert done.returncode == -9
+    assert not out.exists()
+    with pytest.raises(ConfigError):
+        ambijax.load(tmp_path / "out.partial", labels=("anger", "neutral"))
+    export.export(run, "merged", out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+# --- import
+
+
+def adapters_of(run: Path) -> dict:
+    return checkpoint.load_adapters(run / "checkpoints", best=False)[1]["lora"]
+
+
+CONFIG = LoraConfig(rank=8, alpha=16.0, dropout=0.0, audio_tower=False)
+
+
+def same(a: dict, b: dict) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_import_is_bit_equal(run, exported, tmp_path):
+    same(peft.load(exported, CONFIG), adapters_of(run))
+    again = settings.parse(
+        ["t", "--config=configs/sft.py:tiny", f"--workdir={tmp_path}", f"--config.init_from={exported}"]
+    )[0]
+    setting = assemble.setting(again)
+    with jax.set_mesh(setting.mesh):
+        same(assemble.adapters(setting), adapters_of(run))
+
+
+@ignore_is_gradient
+def test_what_peft_saves_is_read(run, exported, tmp_path):
+    """PEFT under transformers 5 names the tensors as transformers does in memory."""
+    pytest.importorskip("torch")
+    from peft import PeftModel
+    from transformers import Qwen2AudioForConditionalGeneration
+
+    base = Qwen2AudioForConditionalGeneration.from_pretrained(trained.TINY)
+    PeftModel.from_pretrained(base, exported).save_pretrained(tmp_path)
+    same(peft.load(tmp_path, CONFIG), adapters_of(run))
+
+
+def edit(directory: Path, **changes: object) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def rewrite(directory: Path, change) -> None:
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    export.convert.save_file(tensors, path)
+
+
+UP = "base_model.model.language_model.model.layers.1.mlp.up_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda d: (d / "adapter_config.json").unlink(), "no PEFT adapter in"),
+        (lambda d: (d / "adapter_config.json").write_text("{"), "is not JSON"),
+        (lambda d: edit(d, peft_type="IA3"), "peft_type is 'IA3'"),
+        (lambda d: edit(d, use_dora=True, rank_pattern={"q": 4}), "no use_dora=True, rank_pattern="),
+        (lambda d: edit(d, r=None), "r=None and lora_alpha=16 must be numbers"),
+        (lambda d: edit(d, r=4), r"r=4, lora_alpha=16 there, lora\.rank=8, lora\.alpha=16 here"),
+        (lambda d: (d / "adapter_model.safetensors").unlink(), r"adapter_model\.safetensors is missing"),
+        (lambda d: os.truncate(d / "adapter_model.safetensors", 999), "is cut short or not safetensors"),
+        (lambda d: rewrite(d, lambda t: t.pop(UP)), r"1 missing tensors \(language_model.*up_proj"),
+        (lambda d: rewrite(d, lambda t: t.update({"x": t[UP]})), r"1 tensors that this model has no place for \(x\)"),
+        (lambda d: rewrite(d, lambda t: t.update({UP: t[UP][:, 1:]})), "up_proj has layers of different shapes"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(exported, tmp_path, harm, message):
+    shutil.copytree(exported, tmp_path / "peft")
+    harm(tmp_path / "peft")
+    with pytest.raises(ConfigError, match=message) as caught:
+        peft.load(tmp_path / "peft", CONFIG)
+    assert "\n" not in str(caught.value)
+
+
+# --- the program in docs/export.md
+
+
+def program(directory: Path, clip: Path) -> str:
+    """The page's example, with paths put in."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.DOTALL)[1]
+    return code.replace('"tiny-peft"', repr(str(directory))).replace('"clip.wav"', repr(str(clip)))
+
+
+def assert_same_prediction(printed: str, exported: Path, clip: Path) -> None:
+    found = json.loads(printed.splitlines()[-1])
+    expected = ambijax.load(exported).predict(clip)
+    assert found["reasoning"].startswith(expected.reasoning)
+    np.testing.assert_allclose(
+        [found["distribution"][k] for k in expected.distribution], [*expected.distribution.values()], atol=1e-4
+    )
+
+
+@ignore_is_gradient
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of other people's packages
+def test_the_documented_program_prints_our_numbers(exported, tmp_path):
+    pytest.importorskip("torch")
+    clip = trained.wavs(tmp_path, (1.3,))[0]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(program(exported, clip), "docs/export.md", "exec"), {})
+    assert_same_prediction(printed.getvalue(), exported, clip)
+
+
+LOGITS = """
+import sys, json, warnings
+import numpy as np, torch, peft, transformers
+warnings.simplefilter("error", UserWarning)  # PEFT's way to say that keys are missing
+inputs = np.load(sys.argv[3])
+def logits(directory, adapter=None):
+    model = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, adapter) if adapter else model
+    valid = np.arange(inputs["mel"].shape[1]) < inputs["frames"][:, None]
+    with torch.no_grad():
+        return model.eval()(
+            input_ids=torch.tensor(inputs["tokens"]).long(),
+            attention_mask=torch.ones(inputs["tokens"].shape, dtype=torch.long),
+            input_features=torch.tensor(inputs["mel"].transpose(0, 2, 1)),
+            feature_attention_mask=torch.tensor(valid).long()).logits.numpy()
+base = json.load(open(sys.argv[1] + "/adapter_config.json"))["base_model_name_or_path"]
+np.savez(sys.argv[4], peft=logits(base, sys.argv[1]), merged=logits(sys.argv[2]))
+print(transformers.__version__, peft.__version__)
+"""
+
+
+@pytest.fixture(scope="module")
+def other_python(tmp_path_factory) -> str:
+    """An interpreter with transformers 4.57 and PEFT: OTHER_PYTHON, or a fresh environment (needs the network)."""
+    if "OTHER_PYTHON" in os.environ:
+        return os.environ["OTHER_PYTHON"]
+    directory = tmp_path_factory.mktemp("other")
+    subprocess.run([sys.executable, "-m", "venv", directory], check=True)
+    packages = ["transformers==4.57.*", "peft", "torch==2.13.0", "librosa"]
+    pip = [directory / "bin/python", "-m", "pip", "install", "--quiet", *packages]
+    if subprocess.run(pip, check=False).returncode:
+        pytest.skip("pip cannot install transformers 4.57 here")
+    return str(directory / "bin/python")
+
+
+@pytest.mark.slow
+def test_other_transformers_agree(run, exported, other_python, tmp_path):
+    export.export(run, "merged", tmp_path / "merged", dtype="float32")
+    np.savez(tmp_path / "in.npz", **inputs())
+    files = [exported, tmp_path / "merged", tmp_path / "in.npz", tmp_path / "out.npz"]
+    done = subprocess.run([other_python, "-c", LOGITS, *map(str, files)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("4.57")
+    assert not re.search(r"missing|unexpected|mismatch|newly initialized|not used", done.stderr, re.IGNORECASE)
+    expected = ours(run)
+    for name, found in np.load(tmp_path / "out.npz").items():
+        np.testing.assert_allclose(found, expected, atol=1e-4, err_msg=name)
+    clip = trained.wavs(tmp_path, (1.3,))[0]
+    done = subprocess.run([other_python, "-c", program(exported, clip)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_same_prediction(done.stdout, exported, clip)
