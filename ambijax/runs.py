@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ml_collections import FrozenConfigDict
 
@@ -116,30 +117,38 @@ def execute(runs: Sequence[Run], jobs: int) -> list[Run]:
       Preempted: SIGTERM or Ctrl-C came; the running ones have saved their state.
     """
     waiting, failed = [run for run in runs if not done(run)], []
-    running: dict[int, tuple[Run, subprocess.Popen, float]] = {}
+    running: dict[int, _Started] = {}
     starts = collections.Counter()
     with _Signals() as signals:
         while running or (waiting and not signals.leave):
-            for job in [job for job, (_, process, _) in running.items() if process.poll() is not None]:
-                run, process, began = running.pop(job)
-                if not done(run):
+            for job in [job for job, started in running.items() if started.process.poll() is not None]:
+                started = running.pop(job)
+                started.hold.close()
+                if not done(run := started.run):
                     again = signals.leave or starts[run.evaluation] < ATTEMPTS
                     (waiting if again else failed).insert(0, run)
-                _report(run, process.returncode, time.monotonic() - began, len(waiting) + len(running))
+                _report(started, len(waiting) + len(running))
             failed += [run for run in waiting if run.directory in {f.directory for f in failed}]
             waiting = [run for run in waiting if run not in failed and not done(run)]
             for job in range(jobs):
                 if job not in running and not signals.leave and (run := _next(waiting)):
                     waiting.remove(run)
                     starts[run.evaluation] += 1
-                    running[job] = (run, _start(run, job, jobs), time.monotonic())
-            for _, process, _ in running.values():
+                    running[job] = _start(run, job, jobs)
+            for started in running.values():
                 if signals.leave:
-                    process.terminate()
+                    started.process.terminate()
             time.sleep(POLL)
     if signals.leave:
         raise Preempted(f"{len(waiting)} runs are left; the same command goes on")
     return failed
+
+
+class _Started(NamedTuple):
+    run: Run
+    process: subprocess.Popen
+    began: float
+    hold: contextlib.ExitStack  # keeps other drivers away from an evaluation; a training does so itself
 
 
 class _Signals:
@@ -174,10 +183,14 @@ def _held(directory: Path) -> bool:
         return True
 
 
-def _start(run: Run, job: int, jobs: int) -> subprocess.Popen:
+def _start(run: Run, job: int, jobs: int) -> _Started:
     """Starts the run's process; what it says goes to console.log in its directory."""
+    hold = contextlib.ExitStack()
+    if run.elsewhere:
+        hold.enter_context(lock(run.directory))
     with _cores(job, jobs), (run.directory / "console.log").open("a") as console:
-        return subprocess.Popen(run.command, stdout=console, stderr=console, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(run.command, stdout=console, stderr=console, stdin=subprocess.DEVNULL)
+    return _Started(run, process, time.monotonic(), hold)
 
 
 @contextlib.contextmanager
@@ -193,6 +206,7 @@ def _cores(job: int, jobs: int) -> Iterator[None]:
             os.sched_setaffinity(0, everything)
 
 
-def _report(run: Run, code: int, seconds: float, left: int) -> None:
+def _report(started: _Started, left: int) -> None:
+    run, code = started.run, started.process.returncode
     state = "done" if done(run) else f"exit code {code}, see {run.directory / 'console.log'}"
-    print(f"{run.evaluation}  {seconds:6.0f} s  {state}; {left} left", flush=True)
+    print(f"{run.evaluation}  {time.monotonic() - started.began:6.0f} s  {state}; {left} left", flush=True)

@@ -1,6 +1,7 @@
 """The drivers: which runs a table needs, doing what is not done, and the tables that come out of finished ones."""
 
 import argparse
+import contextlib
 import json
 import re
 import runpy
@@ -159,31 +160,34 @@ def test_done_is_a_complete_evaluation_with_these_settings(everything, tmp_path)
     assert runs.done(tables.all_runs(EXPERIMENTS, moved)[0])
 
 
+class Started(list):
+    """The rows of the runs that were started, and how often each is to be cut short before it gets through."""
+
+    def __init__(self) -> None:
+        self.behaviour: dict[str, int] = {}
+
+
 @pytest.fixture
-def started(monkeypatch) -> list[str]:
-    """Runs that were started; what a run does is in `behaviour`, by row."""
-    names = []
+def started(monkeypatch) -> Started:
+    """Instead of processes."""
+    rows = Started()
 
     class Process:
-        def __init__(self, run: runs.Run, act) -> None:
-            names.append(run.row)
-            self.returncode = act(run)
+        def __init__(self, run: runs.Run) -> None:
+            rows.append(run.row)
+            self.returncode = 75 if rows.count(run.row) <= rows.behaviour.get(run.row, 0) else 0
+            if self.returncode == 0:
+                finish(run)
 
         def poll(self) -> int:
             return self.returncode
 
-    def act(run: runs.Run) -> int:
-        if behaviour.get(run.row, 0) > names.count(run.row) - 1:
-            return 75
-        finish(run)
-        return 0
+    def start(run: runs.Run, job: int, jobs: int) -> runs._Started:
+        return runs._Started(run, Process(run), 0.0, contextlib.ExitStack())
 
-    behaviour: dict[str, int] = {}
-    names_with = type("Started", (list,), {"behaviour": behaviour})
-    names = names_with()
-    monkeypatch.setattr(runs, "_start", lambda run, job, jobs: Process(run, act))
+    monkeypatch.setattr(runs, "_start", start)
     monkeypatch.setattr(runs, "POLL", 0)
-    return names
+    return rows
 
 
 def test_what_is_done_is_not_done_again(everything, started):
