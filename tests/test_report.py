@@ -16,7 +16,7 @@ import scipy.stats
 
 from ambijax.errors import ConfigError, DataError
 from ambijax.report import runs as reading
-from tests import runs
+from tests import made_runs as runs
 
 pytest.importorskip("matplotlib", reason="the report draws with matplotlib: pip install -e '.[report]'")
 from ambijax.report import __main__ as report

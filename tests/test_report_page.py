@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import runs
+from tests import made_runs as runs
 from tests.test_report import HOSTILE, _write
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install -e '.[browser]'")

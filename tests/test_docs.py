@@ -1,0 +1,111 @@
+"""The documentation: every link leads somewhere, every command is one, and those that need nothing run."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands import PAGES, ROOT, Command, Parsed, blocks, commands, parse
+
+COMMANDS = [command for page in PAGES for command in commands(page)]
+_HELD = re.compile(
+    r"cremad|iemocap|CREMA|IEMOCAP|7B|/path/|\bdata/|Audio-Reasoner", re.IGNORECASE
+)  # not in the tiny lab
+HOW = "a code block whose commands need data, weights, a key or an accelerator says so in a line `# needs WHAT`"
+
+
+def _slug(heading: str) -> str:
+    """The anchor that GitHub and mkdocs give a heading."""
+    text = re.sub(r"[`*_]|\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+    return re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://|mailto:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        aim = (page.parent / path).resolve() if path else page
+        assert aim.exists(), f"{page.name} links to {target}, which does not exist"
+        if anchor and aim.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", aim.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in map(_slug, headings), f"{page.name} links to {target}; {aim.name} has no such heading"
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_every_command_is_understood(command, monkeypatch):
+    """By the command's own parser; placeholders such as `...` stand for a value, not for an argument."""
+    monkeypatch.chdir(ROOT)
+    try:
+        with pytest.raises(Parsed):
+            parse(command, monkeypatch)
+    except (Exception, SystemExit) as error:
+        pytest.fail(f"{command}: {error!r}")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_what_needs_something_says_so(command):
+    if _HELD.search(" ".join(command.arguments)):
+        assert command.needs, f"{command}: {HOW}"
+
+
+def test_blocks_of_both_kinds_are_found():
+    text = "a\n\n    python -m ambijax.x \\\n      --y\n\nb\n```sh\npython -m ambijax.z\n```\n- item\n    not code\n"
+    assert blocks(text) == [(3, ["python -m ambijax.x \\", "  --y"]), (8, ["python -m ambijax.z"])]
+
+
+def test_the_pages_are_linked_from_the_map():
+    """docs/index.md leads to every page, so that none is lost."""
+    map_ = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = str(page.relative_to(ROOT / "docs"))
+        assert name == "index.md" or f"({name})" in map_ or "benchmarks/" in name, f"docs/index.md does not link {name}"
+
+
+# ---- long: the commands run ------------------------------------------------------------------------------------------
+
+# A run of the tiny lab takes minutes; the same in seconds.
+SHORT = {
+    "ambijax.train": ["--config.steps=2", "--config.data.speakers=5", "--config.data.clips_per_speaker=4"],
+    "ambijax.demo": ["--help"],  # serves until it is stopped; tests/test_demo.py opens it
+}
+RUNNABLE = [command for command in COMMANDS if not command.needs]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory) -> Path:
+    """A directory like a clone, with the run that the README begins with."""
+    place = tmp_path_factory.mktemp("docs")
+    for name in ("configs", "launch", "docs"):
+        if (ROOT / name).is_dir():
+            (place / name).symlink_to(ROOT / name)
+    _run(place, Command("README.md", 0, "ambijax.train", tuple(_train("grpoz", "tiny")), ""))
+    return place
+
+
+def _train(algorithm: str, name: str) -> list[str]:
+    return ["--config", f"configs/{algorithm}.py:tiny", "--workdir", f"runs/{name}"]
+
+
+def _run(place: Path, command: Command) -> None:
+    words = [sys.executable, "-m", command.module, *command.arguments]
+    short = [word for word in SHORT.get(command.module, []) if word.split("=")[0] not in " ".join(words)]
+    line = " ".join(word if "*" in word else f"'{word}'" for word in words + short)  # the shell finds the files
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=place, env=env, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}\n{HOW}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", RUNNABLE, ids=str)
+def test_commands_that_need_nothing_run(lab, command):
+    if "--workdir" in command.arguments and "runs/tiny" in command.arguments:
+        pytest.skip("the fixture runs it")
+    _run(lab, command)
