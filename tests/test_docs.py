@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,31 @@ def test_every_command_is_understood(command, monkeypatch):
 def test_what_needs_something_says_so(command):
     if _HELD.search(" ".join(command.arguments)):
         assert command.needs, f"{command}: {HOW}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_tests_that_a_page_names_exist(page):
+    for file, name in re.findall(r"(tests/\w+\.py)::(\w+)", page.read_text(encoding="utf-8")):
+        assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{page.name} names {file}::{name}"
+
+
+@pytest.mark.slow  # docstrings change often: `python docs/reference.py` before a release
+def test_the_reference_is_what_the_docstrings_say():
+    made = runpy.run_path(str(ROOT / "docs/reference.py"))["reference"]()
+    assert (ROOT / "docs/api.md").read_text(encoding="utf-8") == made, "run python docs/reference.py"
+
+
+def test_the_site_builds(tmp_path):
+    pytest.importorskip("mkdocs", reason="needs pip install -e '.[docs]'")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site/quickstart/index.html").is_file()
 
 
 def test_blocks_of_both_kinds_are_found():
