@@ -154,7 +154,7 @@ def test_several_runs_share_their_base(made, tmp_path):
     other = runs.run(tmp_path / "sft", corpus, "sft", seed=1)
     found = reading.read([run, dpo, other], "test", None)
     assert [s.name for s in found.systems] == ["base", "base of SFT", "GRPOz", "DPO", "SFT"]
-    assert [(a.name, b.name) for a, b in found.before_after] == [
+    assert [(a.name, b.name) for _, a, b in found.before_after] == [
         ("base", "GRPOz"),
         ("base", "DPO"),
         ("base of SFT", "SFT"),

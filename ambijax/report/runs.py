@@ -38,6 +38,7 @@ class Run:
     rollouts: list[dict]  # a group each, some of all
     after: list[dict]  # predictions of the trained model
     before: list[dict]  # of its base; empty where the base itself was trained
+    bounds: dict[str, dict[str, float]]  # what needs no model, as the evaluation wrote it down
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,7 +69,6 @@ class Report:
     labels: tuple[str, ...]
     split: str
     corpus: manifest.Corpus | None  # None: not on this machine
-    train_target: np.ndarray | None  # soft labels of the training split [M, K]
 
     @functools.cached_property
     def clips(self) -> dict[str, dict]:
@@ -80,14 +80,18 @@ class Report:
         return found
 
     @property
-    def before_after(self) -> list[tuple[System, System]]:
-        """(base, trained) of each run that has both, in the order of the runs."""
-        named = {id(system.records): system for system in self.systems}
+    def before_after(self) -> list[tuple[Run, System, System]]:
+        """(run, its base, what it trained) of each run that has both, about the same clips in the same order."""
+        trained = [system for system in self.systems if not system.base]
+        bases = [system for system in self.systems if system.base]
         found = []
-        for run in self.runs:
-            base = next((s for s in self.systems if s.base and s.records == run.before), None)
-            if base:
-                found.append((base, named[id(run.after)]))
+        for run, system in zip(self.runs, trained, strict=True):
+            if base := next((base for base in bases if base.records == run.before), None):
+                if [r["id"] for r in base.records] != [r["id"] for r in system.records]:
+                    raise DataError(
+                        f"{run.directory}: base and trained model were asked about other clips; evaluate both"
+                    )
+                found.append((run, base, system))
         return found
 
 
@@ -111,7 +115,7 @@ def read(directories: Sequence[Path], split: str, corpus: Path | None) -> Report
                 f"{run.directory} predicts {', '.join(run.labels)}, but {first.directory} {', '.join(first.labels)}; "
                 "give each its own report"
             )
-    return Report(runs, _systems(runs), first.labels, split, *_corpus(first, corpus))
+    return Report(runs, _systems(runs), first.labels, split, _corpus(first, corpus))
 
 
 def _run(directory: Path, split: str) -> Run:
@@ -125,7 +129,8 @@ def _run(directory: Path, split: str) -> Run:
         )
     if not after.stat().st_size:
         raise DataError(f"{after} holds no prediction; evaluate the run again")
-    labels = _labels(after.with_name("summary.json"), config)
+    summary = after.with_name("summary.json")
+    labels = _labels(summary, config)
     k = len(labels)
     environment = _object(directory / "env.json")
     return Run(
@@ -138,6 +143,7 @@ def _run(directory: Path, split: str) -> Run:
         rollouts=_spread(directory / "samples.jsonl", len(config.data.labels)),
         after=[_prediction(line, where, k) for where, line in _lines(after)],
         before=[_prediction(line, where, k) for where, line in _lines(before)] if before.is_file() else [],
+        bounds=_bounds(summary),
     )
 
 
@@ -147,6 +153,16 @@ def _labels(summary: Path, config: FrozenConfigDict) -> tuple[str, ...]:
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels) or len(labels) < 2:
         raise DataError(f"{summary}: labels must be two class words or more, got {labels!r:.60}")
     return tuple(labels)
+
+
+def _bounds(summary: Path) -> dict[str, dict[str, float]]:
+    """The rows of an evaluation that need no model; {} where it has none."""
+    rows = _object(summary).get("bounds", {})
+    if not isinstance(rows, dict) or not all(
+        isinstance(row, dict) and all(_finite(value) for value in row.values()) for row in rows.values()
+    ):
+        raise DataError(f"{summary}: bounds must be rows of numbers; evaluate the run again")
+    return rows
 
 
 def _object(path: Path) -> dict:
@@ -247,16 +263,11 @@ def _systems(runs: list[Run]) -> list[System]:
     return bases + [System(name, False, run.after) for name, run in zip(names, runs, strict=True)]
 
 
-def _corpus(run: Run, given: Path | None) -> tuple[manifest.Corpus | None, np.ndarray | None]:
-    """The corpus with its sound, and the training votes of the run's own: where this machine has them."""
-    data = run.config.data
+def _corpus(run: Run, given: Path | None) -> manifest.Corpus | None:
+    """The corpus with its sound, where this machine has it."""
     try:
-        corpus = manifest.read(given or Path(data.root))
+        return manifest.read(given or Path(run.config.data.root))
     except AmbijaxError:
         if given:
             raise
-        return None, None
-    if run.labels != tuple(data.labels) or data.fold not in {u.fold for u in corpus.utterances}:
-        return corpus, None  # another corpus: none of it was trained on
-    train = manifest.split(corpus, data.fold, data.dev)["train"]
-    return corpus, manifest.soft_labels(train, data.labels)
+        return None
