@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ambijax import settings
+from ambijax import manifest, settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -97,7 +97,7 @@ class Parsed(BaseException):
 
 
 def parse(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starts the command as far as its arguments go.
+    """Starts the command as far as its arguments go: up to the first thing that is read after them.
 
     Raises:
       Parsed: it understood them.
@@ -111,15 +111,15 @@ def parse(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return stop
 
+    def stop(*_, **__):
+        raise Parsed
+
     module = importlib.import_module(command.module)
     if hasattr(module, "__path__"):
         module = importlib.import_module(f"{command.module}.__main__")
     monkeypatch.setattr("sys.argv", [command.module, *command.arguments])
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", then_stop(argparse.ArgumentParser.parse_args))
-    if command.module == "ambijax.evaluate" and "--checkpoint" in command.arguments:
-        monkeypatch.setattr(settings, "parse", then_stop(settings.parse))
-    if command.module in ("ambijax.train", "ambijax.plan"):
-        monkeypatch.setattr(settings, "parse", then_stop(settings.parse))
-    if command.module == "ambijax.curate":
-        monkeypatch.setattr(module, "parse", then_stop(module.parse))
+    monkeypatch.setattr(settings, "parse", then_stop(settings.parse))
+    monkeypatch.setattr(settings, "load", stop)
+    monkeypatch.setattr(manifest, "read", stop)
     module.main()
