@@ -41,7 +41,9 @@ class Setting:
         rows = self.model.config.text.vocab_size
         return np.pad(self.vocabulary.ends_line, (0, rows - len(self.vocabulary.ends_line)))
 
-    def score(self, variables: dict, asked: object, completions: Completions, rngs: dict) -> object:
+    def score(
+        self, variables: dict, asked: object, completions: Completions, rngs: dict, temperature: float = 1.0
+    ) -> object:
         """`policy.score` with this run's settings."""
         return policy.score(
             self.model,
@@ -49,7 +51,7 @@ class Setting:
             asked,
             completions,
             class_ids=self.tokens.classes,
-            temperature=1.0,
+            temperature=temperature,
             chunk=self.config.loss.chunk,
             rngs=rngs,
         )
@@ -74,7 +76,10 @@ class Setting:
 
     def soft_label_kl(self, target: jax.Array, readout: jax.Array) -> jax.Array:
         """L_KL at the read-out temperature, [B]."""
-        return losses.soft_label_kl(target, readout / self.config.readout.temperature)
+        logits, c = readout / self.config.readout.temperature, self.config.loss
+        if c.kl_direction == "reverse":
+            return losses.reverse_soft_label_kl(target, logits, c.reverse_floor)
+        return losses.soft_label_kl(target, logits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,17 +123,24 @@ def judge(setting: Setting, rolled: Rollout, target: np.ndarray) -> Judged:
     """Decodes a roll-out and measures what its rewards are made of. Arguments are host arrays."""
     labels = setting.vocabulary.labels
     texts, readout = read(setting, rolled)
-    fmt = [
-        [reasoning.format_reward(t, labels, ended=bool(e)) for t, e in zip(group, ended, strict=True)]
-        for group, ended in zip(texts, rolled.ended, strict=True)
-    ]
+    fmt = _each(functools.partial(reasoning.format_reward, labels=labels), texts, rolled)
     return Judged(
         texts=texts,
         readout=readout,
         js=metrics.js(target[:, None], readout),
-        fmt=np.array(fmt),
+        fmt=fmt,
         forced=rolled.forced,
         lengths=rolled.completions.mask.sum(-1),
+    )
+
+
+def _each(grade: Callable[..., float], texts: list[list[str]], rolled: Rollout) -> np.ndarray:
+    """grade(text, ended=...) of every completion, [B, G]."""
+    return np.array(
+        [
+            [grade(text, ended=bool(end)) for text, end in zip(group, ended, strict=True)]
+            for group, ended in zip(texts, rolled.ended, strict=True)
+        ]
     )
 
 
@@ -161,7 +173,7 @@ def collect_preferences(
     rolled = sharding.fetch(setting.rollout(variables, placed.prompt, key, c.samples, c.temperature))
     judged = judge(setting, rolled, batch.target)
 
-    chosen, pairs = _negatives(c.negatives, judged.js, c.tau, batch.prompt.example)
+    chosen, pairs = _negatives(c.negatives, judged.js, c.tau, key, batch.prompt.example)
     pairs &= batch.ce_mask.any(axis=-1)  # no curated trajectory, nothing to prefer
     rejected = jax.tree.map(lambda x: _take(x, chosen), rolled.completions)
     completions = sharding.place(_join(batch.gold, rejected), setting.mesh)
@@ -179,14 +191,17 @@ def collect_preferences(
     return collected, judged.metrics() | {"dpo/pairs": pairs.mean()}, judged.samples({"rejected": is_rejected})
 
 
-def _negatives(how: str, js: np.ndarray, tau: float, example: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _negatives(
+    how: str, js: np.ndarray, tau: float, key: jax.Array, example: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Which roll-outs are rejected: indices [B, R] and whether each is bad enough [B, R]."""
     if how == "all":
         chosen = np.broadcast_to(np.arange(js.shape[1]), js.shape)
     elif how == "worst":
         chosen = js.argmax(axis=1)[:, None]
-    else:  # one at random among those above tau; the draw depends on the example alone
-        draws = np.stack([np.random.default_rng(int(e)).random(js.shape[1]) for e in example])
+    else:  # one at random among those above tau; the draw depends on seed, step and example
+        seed = jax.random.key_data(key).tolist()
+        draws = np.stack([np.random.default_rng((*seed, int(e))).random(js.shape[1]) for e in example])
         chosen = np.where(js > tau, draws, -1).argmax(axis=1)[:, None]
     return chosen, np.take_along_axis(js, chosen, axis=1) > tau
 
@@ -218,77 +233,115 @@ def collect_group(
     placed = sharding.place(batch, setting.mesh)
     rolled = sharding.fetch(setting.rollout(variables, placed.prompt, key, c.samples, c.temperature))
     judged = judge(setting, rolled, batch.target)
-    weights = dict(setting.config.reward)
-    reward = rewards.reward(judged.js, judged.fmt, **weights)
-    completions, gold_reward, present = rolled.completions, None, np.zeros(len(reward), bool)
+    credit = _format_credit(setting, rolled, judged)
+    reward = rewards.reward(judged.js, credit, **_weights(setting))
+    completions, loss_mask, gold_reward = rolled.completions, rolled.completions.mask, None
     if gold:
         completions = _join(completions, batch.gold)
-        present = batch.ce_mask.any(axis=(1, 2))
-        js = np.zeros(len(reward))
-        if c.gold_reward == "measured":
-            after = sharding.fetch(setting.score(variables, placed.prompt, placed.gold, {}).readout)[:, 0]
-            js = metrics.js(batch.target, setting.distribution(after))
-        gold_reward = rewards.gold_reward(c.gold_reward, js, present, **weights)
+        loss_mask = np.concatenate([loss_mask, batch.ce_mask & c.gold_in_loss], axis=1)
+        gold_reward = _gold_reward(setting, variables, batch, placed)
     advantages = rewards.group_advantages(
         reward, gold_reward, scale=c.scale, ddof=c.ddof, eps=c.eps, min_std=c.min_std, gold_adv_clip=c.gold_adv_clip
     )
-    sampled = np.arange(advantages.shape[1]) < np.full((len(reward), 1), c.samples)
-    loss_mask = rolled.completions.mask
-    if gold:
-        loss_mask = np.concatenate([loss_mask, batch.ce_mask & c.gold_in_loss], axis=1)
-
-    on_device = sharding.place(completions, setting.mesh)
-    logp_old = logp_ref = sharding.place(np.zeros(completions.mask.shape, np.float32), setting.mesh)
-    if c.updates > 1:
-        logp_old = setting.score(variables, placed.prompt, on_device, {}).logp
-    if c.beta_kl > 0:
-        logp_ref = setting.score({"params": variables["params"]}, placed.prompt, on_device, {}).logp
-    host = {
-        "loss_mask": loss_mask,
-        "advantages": advantages.astype(np.float32),
-        "sampled": sampled,
-    }
-    collected = Group(
-        prompt=placed.prompt,
-        completions=on_device,
-        logp_old=logp_old,
-        logp_ref=logp_ref,
-        target=placed.target,
-        **sharding.place(host, setting.mesh),
-    )
+    collected = _group(setting, variables, placed, completions, loss_mask, advantages)
     spread = rewards.group_std(reward, c.ddof)
     measured = judged.metrics() | {
         "reward/mean": reward.mean(),
         "reward/std": spread.mean(),
         "reward/degenerate": (spread < 1e-6).mean(),
     }
-    records = judged.samples({"reward": reward, "advantage": advantages[:, : c.samples]})
+    records = judged.samples({"credit": credit, "reward": reward, "advantage": advantages[:, : c.samples]})
     if gold:
         for group, r, a in zip(records, gold_reward, advantages[:, -1], strict=True):
             group.append({"gold": True, "reward": None if np.isnan(r) else float(r), "advantage": float(a)})
     return collected, measured, records
 
 
+def _weights(setting: Setting) -> dict[str, float]:
+    return {"w_js": setting.config.reward.w_js, "w_fmt": setting.config.reward.w_fmt}
+
+
+def _format_credit(setting: Setting, rolled: Rollout, judged: Judged) -> np.ndarray:
+    """What the format earns each completion, [B, K]: all or nothing, or a share for each requirement that is met."""
+    if setting.config.reward.format == "exact":
+        return judged.fmt
+    return _each(functools.partial(reasoning.format_credit, labels=setting.vocabulary.labels), judged.texts, rolled)
+
+
+def _gold_reward(setting: Setting, variables: dict, batch: Batch, placed: Batch) -> np.ndarray:
+    """The reward of each prompt's curated trajectory [B], NaN where there is none."""
+    present = batch.ce_mask.any(axis=(1, 2))
+    js = np.zeros(len(present))
+    if setting.config.grpo.gold_reward == "measured":
+        after = sharding.fetch(setting.score(variables, placed.prompt, placed.gold, {}).readout)[:, 0]
+        js = metrics.js(batch.target, setting.distribution(after))
+    return rewards.gold_reward(setting.config.grpo.gold_reward, js, present, **_weights(setting))
+
+
+def _group(
+    setting: Setting,
+    variables: dict,
+    placed: Batch,
+    completions: Completions,
+    loss_mask: np.ndarray,
+    advantages: np.ndarray,
+) -> Group:
+    """Puts a rewarded group on the devices, with what the old and the reference policy say of it where it is asked."""
+    c = setting.config.grpo
+    sampled = np.arange(advantages.shape[1]) < np.full((len(advantages), 1), c.samples)
+    host = {"loss_mask": loss_mask, "advantages": advantages.astype(np.float32), "sampled": sampled}
+    on_device = sharding.place(completions, setting.mesh)
+    logp_old = logp_ref = sharding.place(np.zeros(completions.mask.shape, np.float32), setting.mesh)
+    if c.updates > 1:
+        logp_old = setting.score(variables, placed.prompt, on_device, {}, c.temperature).logp
+    if c.beta_kl > 0:
+        reference = {"params": variables["params"]}
+        logp_ref = setting.score(reference, placed.prompt, on_device, {}, c.temperature).logp
+    mine = sharding.place(host, setting.mesh)
+    return Group(
+        prompt=placed.prompt,
+        completions=on_device,
+        tokens=_tokens_a_prompt(mine["loss_mask"]),
+        ce_mask=placed.ce_mask,
+        logp_old=logp_old,
+        logp_ref=logp_ref,
+        target=placed.target,
+        **mine,
+    )
+
+
+@jax.jit
+def _tokens_a_prompt(*masks: jax.Array) -> jax.Array:
+    """Masks [B, G, T], the parts of one batch, to [B]: how many entries are True a row, mean over all parts."""
+    return jnp.full(masks[0].shape[0], jnp.mean(jnp.array([jnp.mean(mask.sum(axis=(1, 2))) for mask in masks])))
+
+
 def group_loss(setting: Setting, variables: dict, collected: Group, rngs: dict) -> tuple[jax.Array, dict]:
-    """Equation 7, and with gold in the group L_KL of the read-out after it. [B] and metrics."""
+    """Equation 7, and with gold in the group L_KL of the read-out after it. [B] and metrics.
+
+    pi is the policy at the temperature that sampled, here as in `collect_group`; the read-out has its own.
+    """
     c = setting.config
-    scores = setting.score(variables, collected.prompt, collected.completions, rngs)
+    scores = setting.score(variables, collected.prompt, collected.completions, rngs, c.grpo.temperature)
     # With one update a batch the policy that sampled is the one being updated: the ratio is exactly one.
     old = collected.logp_old if c.grpo.updates > 1 else jax.lax.stop_gradient(scores.logp)
     per_token = losses.grpo(scores.logp, old, collected.advantages, c.grpo.eps_low, c.grpo.eps_high)
-    aux = {"entropy": losses.aggregate(scores.entropy, collected.loss_mask, "token_mean", 1)}
+    mean = functools.partial(losses.masked_mean, mask=collected.loss_mask, axis=(-2, -1))
+    aux = {"entropy": mean(scores.entropy)}
     if c.grpo.gold_gamma > 0:
         shaped = losses.shaped_imitation(scores.logp, collected.advantages, c.grpo.gold_gamma)
         per_token = jnp.where(collected.sampled[..., None], per_token, shaped)
     if c.grpo.beta_kl > 0:
         to_reference = jnp.where(collected.sampled[..., None], losses.k3(scores.logp, collected.logp_ref), 0.0)
-        aux["kl_to_reference"] = losses.aggregate(to_reference, collected.loss_mask, "token_mean", 1)
+        aux["kl_to_reference"] = mean(to_reference)
         per_token += c.grpo.beta_kl * to_reference
-    loss = losses.aggregate(per_token, collected.loss_mask, c.grpo.aggregate, c.data.max_tokens)
+    loss = losses.aggregate(
+        per_token, collected.loss_mask, c.grpo.aggregate, tokens=collected.tokens, max_length=c.data.max_tokens
+    )
     aux["loss/surrogate"] = loss
     if collected.completions.tokens.shape[1] > c.grpo.samples:  # gold is the last of the group
         kl = setting.soft_label_kl(collected.target, scores.readout[:, -1])
-        ce = losses.cross_entropy(scores.logp[:, -1], collected.loss_mask[:, -1])
+        ce = losses.cross_entropy(scores.logp[:, -1:], collected.ce_mask)[:, 0]
         aux |= {"loss/kl": kl, "loss/gold_ce": ce}
         loss += c.loss.lambda_kl * kl + c.grpo.gold_ce * ce
     return loss, aux
@@ -319,3 +372,25 @@ ALGORITHMS = {
     "grpo": Algorithm(functools.partial(collect_group, gold=False), group_loss),
     "grpoz": Algorithm(functools.partial(collect_group, gold=True), group_loss),
 }
+
+
+def collect(setting: Setting, variables: dict, batch: Batch, key: jax.Array) -> tuple[tuple, dict, list]:
+    """What the configured algorithm collects for a batch, in `optim.accumulate` equal parts, one after another.
+
+    A part's roll-out and scoring take the memory of its prompts alone; what is collected does not depend on the parts,
+    for a completion's key comes from its example.
+
+    Returns:
+      the parts, to be updated on together; the batch's metrics; samples [B][G].
+    """
+    n = setting.config.optim.accumulate
+    of_part = lambda i: jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:])[i], batch)  # noqa: E731
+    algorithm = ALGORITHMS[setting.config.algorithm]
+    parts, measured, samples = zip(
+        *(algorithm.collect(setting, variables, of_part(i), key) for i in range(n)), strict=True
+    )
+    if isinstance(parts[0], Group):  # a mean over all tokens of the batch is none of its parts' means
+        tokens = _tokens_a_prompt(*(part.loss_mask for part in parts))
+        parts = tuple(part.replace(tokens=tokens) for part in parts)
+    means = {name: np.mean([m[name] for m in measured]) for name in measured[0]}
+    return parts, means, [group for part in samples for group in part]

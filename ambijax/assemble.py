@@ -30,6 +30,7 @@ def setting(config: FrozenConfigDict) -> Setting:
     wrong = sharding.check(
         mesh,
         batch=config.data.batch_size,
+        accumulate=config.optim.accumulate,
         heads=text.num_attention_heads,
         kv_heads=text.num_key_value_heads,
         hidden=text.hidden_size,

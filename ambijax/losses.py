@@ -7,7 +7,7 @@ A completion is scored once, [B, G, T], and every algorithm reads the same numbe
     SFT    cross_entropy(logp, mask) + soft_label_kl(p, class_logits)
     DPO    dpo(logp_w, logp_l, ref_w, ref_l, beta), each the masked sum over T of one completion
     GRPO   aggregate(grpo(logp, logp_old, advantages, eps_low, eps_high) + beta_kl * k3(logp, logp_ref),
-                     mask, "sequence_mean", max_length)
+                     mask, "sequence_mean", tokens=batch_tokens_per_prompt, max_length=max_length)
 
 GRPOz is GRPO with the gold completion as the last of G. One update a batch: logp_old is logp; several: it is
 what logp was before the first of them. Log-probabilities are natural, finite and float32, those of padding too;
@@ -46,6 +46,25 @@ def soft_label_kl(p: jax.Array, logits: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(p > 0, p * (log_p - log_phat), 0), axis=-1)
 
 
+def reverse_soft_label_kl(p: jax.Array, logits: jax.Array, floor: float) -> jax.Array:
+    """Reverse KL from the read-out to the votes: it seeks one mode of p where the forward one covers all.
+
+    L = sum_k phat_k log(phat_k / q_k), q = (1 - floor) p + floor / K: a class without a vote would cost infinity.
+
+    Args:
+      p: soft labels [..., K], rows sum to one; a constant.
+      logits: of the K class words [..., K].
+      floor: share of the uniform distribution in q, in (0, 1].
+
+    Returns:
+      nats [...].
+    """
+    chex.assert_equal_shape([p, logits])
+    q = (1 - floor) * jax.lax.stop_gradient(p) + floor / p.shape[-1]
+    log_phat = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return jnp.sum(jnp.exp(log_phat) * (log_phat - jnp.log(q)), axis=-1)
+
+
 def cross_entropy(logp: jax.Array, mask: jax.Array) -> jax.Array:
     """Negative log-likelihood of a trajectory, mean over its tokens (paper, equation 3).
 
@@ -58,7 +77,7 @@ def cross_entropy(logp: jax.Array, mask: jax.Array) -> jax.Array:
     Returns:
       nats per token [...]; 0 for a sequence without a token that counts.
     """
-    return -_masked_mean(logp, mask, axis=-1)
+    return -masked_mean(logp, mask, axis=-1)
 
 
 def dpo(logp_w: jax.Array, logp_l: jax.Array, ref_w: jax.Array, ref_l: jax.Array, beta: float) -> jax.Array:
@@ -144,19 +163,23 @@ def shaped_imitation(logp: jax.Array, advantages: jax.Array, gamma: float) -> ja
     return -a * jax.nn.sigmoid(logp - jnp.log(gamma))  # pi / (pi + gamma), without leaving log space
 
 
-def aggregate(per_token: jax.Array, mask: jax.Array, how: str, max_length: int) -> jax.Array:
-    """A group's tokens to one number a group, so that accumulated gradients equal those of the big batch.
+def aggregate(per_token: jax.Array, mask: jax.Array, how: str, *, tokens: jax.Array, max_length: int) -> jax.Array:
+    """A group's tokens to one number a group, of which the mean over the batch's prompts is the loss.
 
-    'sequence_mean'    mean over the tokens of a completion, then over the G completions (paper, equation 7);
-                       a completion without a token that counts adds 0
-    'token_mean'       mean over all tokens of the group (DAPO, arXiv 2503.14476)
-    'constant_length'  sum over all tokens of the group by G * max_length (Dr. GRPO, arXiv 2503.20783)
+    'sequence_mean'    mean over the tokens of a completion, then over the completions (paper, equation 7)
+    'token_mean'       sum over the tokens of the group by `tokens`: over the batch, the mean over all its tokens,
+                       whichever group they are in (DAPO, arXiv 2503.14476)
+    'constant_length'  sum over the tokens of the group by its completions times max_length (Dr. GRPO, arXiv 2503.20783)
+
+    A completion without a token that counts is no member of the group, as a prompt without a gold trajectory has none.
 
     Args:
       per_token: [..., G, T].
       mask: which tokens count [..., G, T].
       how: one of the three.
-      max_length: the longest completion a roll-out may write, in tokens.
+      tokens: how many tokens count, a prompt, mean over the whole batch and not over the part of it that is at hand
+        [...]; only 'token_mean' reads it.
+      max_length: the longest completion a roll-out may write, in tokens; only 'constant_length' reads it.
 
     Returns:
       [...].
@@ -164,15 +187,23 @@ def aggregate(per_token: jax.Array, mask: jax.Array, how: str, max_length: int) 
     Raises:
       ConfigError: `how` is none of them.
     """
+    chex.assert_equal_shape([per_token, mask])
+    members = jnp.maximum(jnp.sum(jnp.any(mask, axis=-1), axis=-1), 1)
     if how == "sequence_mean":
-        return jnp.mean(_masked_mean(per_token, mask, axis=-1), axis=-1)
+        return jnp.mean(masked_mean(per_token, mask, axis=-1), axis=-1) * (per_token.shape[-2] / members)
+    total = jnp.sum(jnp.where(mask, per_token, 0), axis=(-2, -1))
     if how == "token_mean":
-        return _masked_mean(per_token, mask, axis=(-2, -1))
+        return total / jnp.maximum(tokens, 1)
     if how == "constant_length":
-        chex.assert_equal_shape([per_token, mask])
-        total = jnp.sum(jnp.where(mask, per_token, 0), axis=(-2, -1))
-        return total / (per_token.shape[-2] * max_length)
+        return total / (members * max_length)
     raise ConfigError(f"loss aggregation '{how}' is unknown; choose sequence_mean, token_mean or constant_length")
+
+
+def masked_mean(x: jax.Array, mask: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
+    """Mean over the entries that count; 0 where none does."""
+    chex.assert_equal_shape([x, mask])
+    mask = mask.astype(bool)
+    return jnp.sum(jnp.where(mask, x, 0), axis) / jnp.maximum(jnp.sum(mask, axis), 1)
 
 
 def token_log_probs(
@@ -272,10 +303,3 @@ def _dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _log_ratio(logp: jax.Array, logp_other: jax.Array) -> jax.Array:
     return jnp.clip(logp - logp_other, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-
-
-def _masked_mean(x: jax.Array, mask: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
-    """Mean over the entries that count; 0 where none does."""
-    chex.assert_equal_shape([x, mask])
-    mask = mask.astype(bool)
-    return jnp.sum(jnp.where(mask, x, 0), axis) / jnp.maximum(jnp.sum(mask, axis), 1)

@@ -74,8 +74,8 @@ def parse(reasoning: str) -> Reasoning:
     return Reasoning(*(part.strip() for part in parts))
 
 
-def format_reward(completion: str, labels: Sequence[str], *, ended: bool) -> float:
-    """format(r) of equation 6: 1 when the completion follows the format to the letter, else 0.
+def faults(completion: str, labels: Sequence[str], *, ended: bool) -> list[str]:
+    """What keeps a completion from the format: the `problems` of its reasoning, and of its answer; empty when nothing.
 
     Args:
       completion: the decoded tokens without EOS.
@@ -83,5 +83,21 @@ def format_reward(completion: str, labels: Sequence[str], *, ended: bool) -> flo
       ended: whether the model itself ended the completion with EOS.
     """
     reasoning, answer = split_answer(completion)
-    well_formed = ended and f"\n{ANCHOR}" in completion and not problems(reasoning)
-    return float(well_formed and answer in {f" {label}" for label in labels})
+    found = problems(reasoning)
+    if f"\n{ANCHOR}" not in completion or answer not in {f" {label}" for label in labels}:
+        found.append(f"'{ANCHOR}' and one class word do not stand on the last line")
+    if not ended:
+        found.append("the completion was cut")
+    return found
+
+
+def format_reward(completion: str, labels: Sequence[str], *, ended: bool) -> float:
+    """format(r) of equation 6: 1 when the completion follows the format to the letter, else 0. See `faults`."""
+    return float(not faults(completion, labels, ended=ended))
+
+
+def format_credit(completion: str, labels: Sequence[str], *, ended: bool) -> float:
+    """format(r) with partial credit: a fifth for each of the four headed parts and the answer, a fifth less for any
+    other of the `faults`; 1 exactly where `format_reward` is, 0 for an empty completion.
+    """
+    return max(0, 5 - len(faults(completion, labels, ended=ended))) / 5

@@ -5,6 +5,7 @@ resumes a run somebody else made executes nothing of theirs.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -85,6 +86,16 @@ def check(config: ConfigDict) -> None:
     need(0 <= c.optim.warmup < 1, f"optim.warmup={c.optim.warmup} must be a fraction of the steps in [0, 1)")
     need(c.optim.learning_rate > 0, f"optim.learning_rate={c.optim.learning_rate} must be positive")
     need(c.optim.clip > 0, f"optim.clip={c.optim.clip} must be positive")
+    need(
+        c.optim.accumulate >= 1 and c.data.batch_size % max(c.optim.accumulate, 1) == 0,
+        f"optim.accumulate={c.optim.accumulate} must divide data.batch_size={c.data.batch_size}",
+    )
+    need(min(c.loss.lambda_ce, c.loss.lambda_kl) >= 0, "loss.lambda_ce and loss.lambda_kl must not be negative")
+    need(
+        c.loss.kl_direction in ("forward", "reverse"),
+        f"loss.kl_direction={c.loss.kl_direction!r} must be forward or reverse",
+    )
+    need(0 < c.loss.reverse_floor <= 1, f"loss.reverse_floor={c.loss.reverse_floor} must be in (0, 1]")
     need(c.loss.chunk >= 1, f"loss.chunk={c.loss.chunk} must be at least 1")
     need(c.readout.temperature > 0, f"readout.temperature={c.readout.temperature} must be positive")
     need(c.checkpoint.every >= 1 and c.checkpoint.keep >= 1, "checkpoint.every and checkpoint.keep must be at least 1")
@@ -93,19 +104,14 @@ def check(config: ConfigDict) -> None:
     need(0 < c.eval.level < 1, f"eval.level={c.eval.level} must be in (0, 1)")
     need(c.eval.cluster in ("utterance", "speaker"), f"eval.cluster={c.eval.cluster!r} must be utterance or speaker")
     need(c.log_every >= 1, f"log_every={c.log_every} must be at least 1")
-    if c.algorithm in ("grpo", "grpoz"):
-        need(c.grpo.samples >= 2, f"grpo.samples={c.grpo.samples}: a group needs at least 2")
-        need(c.grpo.updates >= 1, f"grpo.updates={c.grpo.updates} must be at least 1")
-        need(c.grpo.temperature > 0, f"grpo.temperature={c.grpo.temperature} must be positive: a group must differ")
-        need(c.grpo.scale in ("std", "none"), f"grpo.scale={c.grpo.scale!r} must be std or none")
-        how = ("sequence_mean", "token_mean", "constant_length")
-        need(c.grpo.aggregate in how, f"grpo.aggregate={c.grpo.aggregate!r} must be one of {', '.join(how)}")
-        need(c.grpo.gold_reward in ("maximal", "measured"), "grpo.gold_reward must be maximal or measured")
-        need(c.lora.dropout == 0, f"lora.dropout={c.lora.dropout} must be 0 in RL: it would change pi between passes")
+    if c.algorithm == "sft":
+        need(c.loss.lambda_ce + c.loss.lambda_kl > 0, "loss.lambda_ce and loss.lambda_kl are both 0: nothing to learn")
     if c.algorithm == "dpo":
-        need(c.dpo.samples >= 1, f"dpo.samples={c.dpo.samples} must be at least 1")
-        kinds = ("worst", "random", "all")
-        need(c.dpo.negatives in kinds, f"dpo.negatives={c.dpo.negatives!r} must be one of {', '.join(kinds)}")
+        _check_dpo(c.dpo, need)
+    if c.algorithm in ("grpo", "grpoz"):
+        _check_grpo(c.grpo, c.reward, need)
+    if c.algorithm != "sft":
+        need(c.lora.dropout == 0, f"lora.dropout={c.lora.dropout} must be 0 in RL: it would change pi between passes")
     on_reference = c.algorithm == "dpo" or (c.algorithm != "sft" and c.grpo.beta_kl > 0)
     trains_base = any(not pattern.startswith("lora") for pattern in c.optim.train)
     need(
@@ -115,6 +121,39 @@ def check(config: ConfigDict) -> None:
     )
     if wrong:
         raise ConfigError("configuration: " + "; ".join(wrong))
+
+
+def _check_dpo(c: ConfigDict, need: Callable[[bool, str], None]) -> None:
+    need(c.samples >= 1, f"dpo.samples={c.samples} must be at least 1")
+    need(c.temperature > 0, f"dpo.temperature={c.temperature} must be positive: roll-outs must differ")
+    kinds = ("worst", "random", "all")
+    need(c.negatives in kinds, f"dpo.negatives={c.negatives!r} must be one of {', '.join(kinds)}")
+    need(0 <= c.tau < 1, f"dpo.tau={c.tau} must be in [0, 1): JS is in bits, and nothing is above 1")
+    need(c.beta > 0, f"dpo.beta={c.beta} must be positive")
+
+
+def _check_grpo(c: ConfigDict, reward: ConfigDict, need: Callable[[bool, str], None]) -> None:
+    need(
+        min(reward.w_js, reward.w_fmt) >= 0 < max(reward.w_js, reward.w_fmt),
+        "reward.w_js and reward.w_fmt must not be negative, nor both 0",
+    )
+    need(reward.format in ("exact", "partial"), f"reward.format={reward.format!r} must be exact or partial")
+    need(c.samples >= 2, f"grpo.samples={c.samples}: a group needs at least 2")
+    need(c.temperature > 0, f"grpo.temperature={c.temperature} must be positive: a group must differ")
+    need(c.updates >= 1, f"grpo.updates={c.updates} must be at least 1")
+    need(0 < c.eps_low < 1, f"grpo.eps_low={c.eps_low} must be in (0, 1)")
+    need(c.eps_high > 0, f"grpo.eps_high={c.eps_high} must be positive")
+    need(c.beta_kl >= 0, f"grpo.beta_kl={c.beta_kl} must not be negative")
+    how = ("sequence_mean", "token_mean", "constant_length")
+    need(c.aggregate in how, f"grpo.aggregate={c.aggregate!r} must be one of {', '.join(how)}")
+    need(c.scale in ("std", "none"), f"grpo.scale={c.scale!r} must be std or none")
+    need(c.ddof in (0, 1), f"grpo.ddof={c.ddof} must be 0 or 1")
+    need(c.eps >= 0 and c.min_std >= 0, f"grpo.eps={c.eps} and grpo.min_std={c.min_std} must not be negative")
+    need(c.gold_reward in ("maximal", "measured"), f"grpo.gold_reward={c.gold_reward!r} must be maximal or measured")
+    need(c.gold_ce >= 0 and c.gold_gamma >= 0, "grpo.gold_ce and grpo.gold_gamma must not be negative")
+    need(
+        c.gold_adv_clip > 0, f"grpo.gold_adv_clip={c.gold_adv_clip} must be positive; inf leaves the advantage as it is"
+    )
 
 
 def save(config: FrozenConfigDict, workdir: Path) -> None:

@@ -122,21 +122,27 @@ def round_up(batch: int, mesh: Mesh) -> int:
     return -(-batch // split) * split
 
 
-def constrain_batch(x: jax.Array) -> jax.Array:
-    """Keeps an activation split over its leading batch axis, so that XLA moves weights and not activations."""
+def constrain_batch(x: jax.Array, axis: int = 0) -> jax.Array:
+    """Keeps an array split over its batch axis, so that XLA moves weights and not activations."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition("batch"))
+    return jax.lax.with_sharding_constraint(x, partition(*[None] * axis, "batch"))
 
 
-def check(mesh: Mesh, *, batch: int, heads: int, kv_heads: int, hidden: int, mlp: int, vocab: int) -> list[str]:
+def check(
+    mesh: Mesh, *, batch: int, accumulate: int, heads: int, kv_heads: int, hidden: int, mlp: int, vocab: int
+) -> list[str]:
     """What does not divide, each with the config key and the nearest values that would; empty when all is well."""
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     found = []
+    split *= accumulate
     if batch % split:
         low, high = batch // split * split, -(-batch // split) * split
         nearest = f"{low} or {high}" if low else f"{high}"
-        found.append(f"data.batch_size={batch} is not a multiple of mesh.data x mesh.fsdp = {split}; try {nearest}")
+        parts = "optim.accumulate x " if accumulate > 1 else ""
+        found.append(
+            f"data.batch_size={batch} is not a multiple of {parts}mesh.data x mesh.fsdp = {split}; try {nearest}"
+        )
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     wanted = [
         ("attention heads", heads),

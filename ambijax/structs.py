@@ -68,6 +68,8 @@ class Group:
     prompt: Prompt
     completions: Completions  # [B, G, T]
     loss_mask: Array  # bool [B, G, T], tokens the surrogate covers
+    tokens: Array  # float32 [B], all the same: tokens the surrogate covers a prompt, mean over the whole batch
+    ce_mask: Array  # bool [B, 1, T], the gold tokens that plain cross entropy covers
     advantages: Array  # float32 [B, G]
     logp_old: Array  # float32 [B, G, T], under the policy that sampled
     logp_ref: Array  # float32 [B, G, T], under the reference policy

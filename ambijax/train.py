@@ -18,7 +18,7 @@ import optax
 import tqdm
 from ml_collections import FrozenConfigDict
 
-from ambijax import assemble, checkpoint, convert, errors, evaluate, hosts, optim, settings
+from ambijax import algorithms, assemble, checkpoint, convert, errors, evaluate, hosts, optim, settings
 from ambijax.algorithms import ALGORITHMS, Setting
 from ambijax.data import Dataset
 from ambijax.journal import Log, environment
@@ -26,7 +26,6 @@ from ambijax.structs import TrainState
 from ambijax.update import make_update, start, updates
 from ambijax.workdir import lock
 
-DROPOUT = 2**31 - 1  # folded into a step's key for dropout; examples are numbered from 0
 SHOWN = ("loss", "loss/kl", "rollout/js", "rollout/format")  # beside the progress bar
 
 
@@ -70,8 +69,8 @@ def loop(
     Raises:
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
     """
-    config, algorithm = setting.config, ALGORITHMS[setting.config.algorithm]
-    update = make_update(setting, algorithm.loss, optimizer, state)
+    config = setting.config
+    update = make_update(setting, ALGORITHMS[config.algorithm].loss, optimizer, state)
     root = jax.random.key(config.seed)
     first = int(state.step)
     bar = tqdm.tqdm(range(first, config.steps), algorithm_title(config), config.steps, initial=first, unit="step")
@@ -81,10 +80,10 @@ def loop(
             key = jax.random.fold_in(root, step)
             batch = dataset.batch_at(config.seed, step, config.data.batch_size)
             current = optim.merge(state.trained, frozen)
-            collected, measured, samples = algorithm.collect(setting, current, batch, key)
+            parts, measured, samples = algorithms.collect(setting, current, batch, key)
             del current  # its trained leaves are given away next
             for _ in range(updates(config)):
-                state, aux = update(state, frozen, collected, jax.random.fold_in(key, DROPOUT))
+                state, aux = update(state, frozen, parts, key)
             state = state.replace(step=state.step + 1)
             log.samples(step, [dataset.at(e).id for e in batch.prompt.example], samples)
             if step % config.log_every == 0 or step + 1 == config.steps:
@@ -121,11 +120,12 @@ def algorithm_title(config: FrozenConfigDict) -> str:
 
 def identity(config: FrozenConfigDict) -> dict:
     """What must not change between the parts of a run."""
-    keep = ("algorithm", "seed", "steps", "lora", "optim", "data", "loss")
+    keep = {"algorithm", "seed", "steps", "init_from", "lora", "optim", "data", "loss", "readout"}
+    keep |= {"dpo", "grpo", "reward"} & {*config.keys()}
     whole = config.to_dict()
     del whole["data"]["root"]  # a corpus may move
     base = convert.digest(config.model.checkpoint)
-    return {key: whole[key] for key in keep} | {"dtype": config.model.dtype, "base": base}
+    return {key: whole[key] for key in sorted(keep)} | {"dtype": config.model.dtype, "base": base}
 
 
 def main() -> None:

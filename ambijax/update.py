@@ -12,6 +12,8 @@ from ambijax import optim, sharding
 from ambijax.algorithms import Setting
 from ambijax.structs import TrainState
 
+DROPOUT = 2**31 - 1  # folded into a step's key for dropout, less the part's number; examples are numbered from 0
+
 
 def start(config: FrozenConfigDict, variables: dict) -> tuple[TrainState, dict, optax.GradientTransformation]:
     """The state before the first step, the frozen variables, and the optimizer."""
@@ -34,27 +36,38 @@ def start(config: FrozenConfigDict, variables: dict) -> tuple[TrainState, dict, 
 
 def make_update(
     setting: Setting, loss: Callable, optimizer: optax.GradientTransformation, state: TrainState
-) -> Callable[[TrainState, dict, object, jax.Array], tuple[TrainState, dict]]:
-    """The jitted update (state, frozen, collected, key) -> (state, metrics); it reuses the memory of `state`.
+) -> Callable[[TrainState, dict, tuple, jax.Array], tuple[TrainState, dict]]:
+    """The jitted update (state, frozen, parts, key) -> (state, metrics); it reuses the memory of `state`.
 
+    `parts` are a batch in equal parts (`algorithms.collect`). Their gradients are formed one after another and
+    averaged: the memory of one part, the update of the whole batch. (With adapter dropout other units are dropped.)
     An update whose loss or gradient is not finite changes nothing but is counted in the metric `skipped`.
     """
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
-    def update(state: TrainState, frozen: dict, collected: object, key: jax.Array) -> tuple[TrainState, dict]:
-        rngs = {"dropout": key} if setting.config.lora.dropout > 0 else {}
-
-        def objective(trained: dict) -> tuple[jax.Array, dict]:
-            per_example, aux = loss(setting, optim.merge(trained, frozen), collected, rngs)
+    def update(state: TrainState, frozen: dict, parts: tuple, key: jax.Array) -> tuple[TrainState, dict]:
+        def objective(trained: dict, part: object, key: jax.Array) -> tuple[jax.Array, dict]:
+            rngs = {"dropout": key} if setting.config.lora.dropout > 0 else {}
+            per_example, aux = loss(setting, optim.merge(trained, frozen), part, rngs)
             return per_example.mean(), {name: value.mean() for name, value in aux.items()}
 
-        (value, aux), gradients = jax.value_and_grad(objective, has_aux=True)(state.trained)
-        norm = optax.global_norm(gradients)
+        def add(total: dict, numbered: tuple) -> tuple[dict, dict]:
+            i, part = numbered
+            key_of_part = jax.random.fold_in(key, DROPOUT - i)
+            (value, aux), gradients = jax.value_and_grad(objective, has_aux=True)(state.trained, part, key_of_part)
+            return jax.tree.map(jnp.add, total, gradients), aux | {"loss": value}
+
+        n = len(parts)
+        stacked = jax.tree.map(lambda *x: sharding.constrain_batch(jnp.stack(x), axis=1), *parts)
+        total, aux = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, state.trained), (jnp.arange(n), stacked))
+        gradients = jax.tree.map(lambda g: g / n, total)
+        aux = {name: value.mean() for name, value in aux.items()}
+        norm = optax.tree.norm(gradients)
         changes, memory = optimizer.update(gradients, state.optimizer, state.trained)
         new = state.replace(trained=optax.apply_updates(state.trained, changes), optimizer=memory)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        finite = jnp.isfinite(aux["loss"]) & jnp.isfinite(norm)
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-        return new, aux | {"loss": value, "gradient_norm": norm, "skipped": 1 - finite}
+        return new, aux | {"gradient_norm": norm, "skipped": 1 - finite}
 
     return update
 

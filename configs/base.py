@@ -56,10 +56,13 @@ def get_config(corpus: str) -> ConfigDict:
     c.optim.eps = 1e-8
     c.optim.weight_decay = 0.0  # unknown; LoRA is its own regulariser
     c.optim.clip = 1.0  # global norm; unknown
+    c.optim.accumulate = 1  # parts a batch is collected and updated in: less memory, the same update
 
     c.loss = ConfigDict()
     c.loss.lambda_ce = 1.0  # unknown
     c.loss.lambda_kl = 1.0  # unknown; while it is on, cross entropy leaves the class word out: both fight at its logits
+    c.loss.kl_direction = "forward"  # paper: KL(p || phat) covers all votes; or reverse, which seeks one mode
+    c.loss.reverse_floor = 0.01  # reverse alone: share of uniform votes, lest a class without any costs infinity
     c.loss.chunk = 32  # completion positions per slice of vocabulary logits; bounds memory, changes nothing
 
     c.readout = ConfigDict()

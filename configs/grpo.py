@@ -19,22 +19,25 @@ def get_config(corpus: str = "cremad") -> ConfigDict:
     c.reward = ConfigDict()  # R = w_js (1 - JS) + w_fmt format
     c.reward.w_js = 1.0  # unknown
     c.reward.w_fmt = 1.0  # unknown
+    c.reward.format = "exact"  # 1 when the format is followed to the letter, else 0; or partial credit; unknown
 
     c.grpo = ConfigDict()
     c.grpo.samples = 8  # K; unknown
-    c.grpo.temperature = 1.0  # of sampling
+    c.grpo.temperature = 1.0  # of sampling, and of pi in the loss
     c.grpo.updates = 1  # mu: updates a roll-out
     c.grpo.eps_low = 0.2  # clip range of the ratio pi / pi_old
     c.grpo.eps_high = 0.2  # DAPO raises it to 0.28
     c.grpo.beta_kl = 0.04  # weight of k3(ref, pi); 0 skips the reference forward pass
-    c.grpo.aggregate = "sequence_mean"  # paper; or token_mean (DAPO), constant_length (Dr. GRPO)
+    c.grpo.aggregate = "sequence_mean"  # paper; or token_mean over the batch (DAPO), constant_length (Dr. GRPO)
     c.grpo.scale = "std"  # A = (R - mean) / (std + eps); or none (Dr. GRPO)
     c.grpo.ddof = 1  # sample standard deviation
     c.grpo.eps = 1e-4
     c.grpo.min_std = 0.0  # a floor keeps groups that are all alike from blowing noise up to advantages of one
     # What only GRPOz reads: the curated trajectory as member K + 1 of the group.
     c.grpo.gold_reward = "maximal"  # paper: the gold reward is the maximum; or measured
-    c.grpo.gold_in_loss = True  # with statistics only, the samples' advantages sum to a push away from all of them
+    # In the surrogate, too; with statistics only, the samples' advantages sum to a push away from all of them. L_KL and
+    # plain cross entropy on gold have weights of their own: loss.lambda_kl and grpo.gold_ce.
+    c.grpo.gold_in_loss = True
     c.grpo.gold_ce = 0.0  # weight of plain cross entropy on gold, beside its share of the surrogate
     c.grpo.gold_gamma = 0.0  # > 0 shapes gold's surrogate to p / (p + gamma)
     c.grpo.gold_adv_clip = float("inf")  # largest advantage of gold

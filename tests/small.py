@@ -15,14 +15,21 @@ TOKENS = Tokens(end=1, pad=0, classes=(10, 11, 12), anchor=(5, 6), forced=(4, 5,
 ENDS_LINE = np.isin(np.arange(VOCABULARY), [4, 7])
 
 
-def model(*, dropout: float = 0.0, dtype: str = "float32") -> qwen2_audio.Qwen2Audio:
+def model(
+    *,
+    dropout: float = 0.0,
+    dtype: str = "float32",
+    vocabulary: int = VOCABULARY,
+    audio_token: int = AUDIO,
+    audio_tower: bool = False,
+) -> qwen2_audio.Qwen2Audio:
     """Grouped key-value heads, three layers; wide enough to shard eight ways."""
     shape = model_config.Qwen2AudioConfig(
         audio=model_config.AudioConfig(
             num_mel_bins=8, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=32, d_model=16
         ),
         text=model_config.TextConfig(
-            vocab_size=VOCABULARY,
+            vocab_size=vocabulary,
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=3,
@@ -30,9 +37,9 @@ def model(*, dropout: float = 0.0, dtype: str = "float32") -> qwen2_audio.Qwen2A
             num_key_value_heads=4,
             head_dim=8,
         ),
-        audio_token=AUDIO,
+        audio_token=audio_token,
     )
-    lora = model_config.LoraConfig(rank=4, alpha=8.0, dropout=dropout, audio_tower=False)
+    lora = model_config.LoraConfig(rank=4, alpha=8.0, dropout=dropout, audio_tower=audio_tower)
     return qwen2_audio.Qwen2Audio(shape, lora, jnp.dtype(dtype), "nothing_saveable")
 
 

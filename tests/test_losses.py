@@ -1,5 +1,6 @@
 """Losses against numbers worked out by hand, against torch, and on inputs a training run must survive."""
 
+import functools
 import math
 
 import chex
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 import torch
 from absl.testing import parameterized
 from hypothesis import given, settings
@@ -66,6 +69,26 @@ class SoftLabelKLTest(chex.TestCase):
             torch.log_softmax(torch.tensor(logits), -1), torch.tensor(np.array(p)), reduction="none"
         ).sum(-1)
         np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+class ReverseKLTest(chex.TestCase):
+    @variants
+    def test_by_hand_and_scipy(self):
+        # p (1, 0) with floor .2: q (.9, .1); phat (.5, .5): .5 ln(.5/.9) + .5 ln(.5/.1) = .510826. Forward: ln 2.
+        f = functools.partial(losses.reverse_soft_label_kl, floor=0.2)
+        np.testing.assert_allclose(self.variant(f)(jnp.array([1.0, 0]), jnp.zeros(2)), 0.510826, atol=1e-6)
+        p, logits = np.array(jax.nn.softmax(normal(0, 5, 4))), normal(1, 5, 4)
+        expected = scipy.stats.entropy(scipy.special.softmax(logits, -1), 0.8 * p + 0.2 / 4, axis=-1)
+        np.testing.assert_allclose(self.variant(f)(p, logits), expected, atol=1e-6)
+
+    @variants
+    def test_no_votes_cost_something_finite(self):
+        def loss(z):
+            return losses.reverse_soft_label_kl(jnp.array([0.0, 1.0]), z, 0.01)
+
+        value, gradient = self.variant(jax.value_and_grad(loss))(jnp.array([1e4, -1e4]))
+        np.testing.assert_allclose(value, -math.log(0.005), rtol=1e-6)
+        assert np.all(np.isfinite(gradient))
 
 
 class CrossEntropyTest(chex.TestCase):
@@ -178,7 +201,7 @@ class GRPOTest(chex.TestCase):
 
         def loss(x):
             per_token = losses.grpo(x, jnp.array(logp), jnp.asarray(a, jnp.float32), 0.2, 0.2)
-            return losses.aggregate(per_token, jnp.array(mask), "sequence_mean", 4).mean()
+            return losses.aggregate(per_token, jnp.array(mask), "sequence_mean", tokens=9.0, max_length=4).mean()
 
         weights = [0.5 / 8, 0.5 / 4, 0.5 / 8, -1.5 / 16]
         gradient = self.variant(jax.grad(loss))(logp)
@@ -189,7 +212,7 @@ class GRPOTest(chex.TestCase):
     def test_trl(self, how):
         # trl 1.16, GRPOTrainer._compute_loss: loss_type "grpo", "bnpo" and "dr_grpo", one prompt, beta .04
         logp, old, ref = (np.log(np.random.default_rng(s).uniform(0.2, 1, (6, 9))) for s in range(3))
-        a, mask = normal(3, 6).astype(np.float64), np.arange(9) < np.array([[9], [1], [4], [0], [7], [9]])
+        a, mask = normal(3, 6).astype(np.float64), np.arange(9) < np.array([[9], [1], [4], [2], [7], [9]])
 
         x, m = torch.tensor(logp, requires_grad=True), torch.tensor(mask, dtype=torch.float64)
         t_old, t_ref, t_a = torch.tensor(old), torch.tensor(ref), torch.tensor(a)[:, None]
@@ -206,7 +229,7 @@ class GRPOTest(chex.TestCase):
 
         def loss(logp, old, ref, a, mask):
             per_token = losses.grpo(logp, old, a, 0.2, 0.28) + 0.04 * losses.k3(logp, ref)
-            return losses.aggregate(per_token, mask, how, 12)[0]
+            return losses.aggregate(per_token, mask, how, tokens=mask.sum(), max_length=12)[0]
 
         args = [jnp.asarray(v[None], v.dtype if v.dtype == bool else jnp.float32) for v in (logp, old, ref, a, mask)]
         value, gradient = self.variant(jax.value_and_grad(loss))(*args)
@@ -229,20 +252,25 @@ class GRPOTest(chex.TestCase):
 class AggregateTest(chex.TestCase):
     @variants
     @parameterized.parameters(
-        # Completions of 3 and 1 tokens: (2 + 10) / 2; 16 / 4; 16 / (2 * 8). The second group is empty.
-        ("sequence_mean", 6.0),
-        ("token_mean", 4.0),
-        ("constant_length", 1.0),
+        # Completions of 3 and 1 tokens: (2 + 10) / 2; 16 / 2; 16 / (2 * 8). The second group is empty, the third has
+        # one member of 2 tokens, as a prompt without gold has one less: 5; 10 / 2; 10 / (1 * 8).
+        ("sequence_mean", [6.0, 0.0, 5.0]),
+        ("token_mean", [8.0, 0.0, 5.0]),
+        ("constant_length", [1.0, 0.0, 1.25]),
     )
     def test_by_hand(self, how, expected):
-        per_token = jnp.array([[[1.0, 2, 3], [10, 20, 30]], [[5, 5, 5], [5, 5, 5]]])
-        mask = jnp.array([[[1, 1, 1], [1, 0, 0]], [[0, 0, 0], [0, 0, 0]]])
-        got = self.variant(losses.aggregate, static_argnums=(2, 3))(per_token, mask, how, 8)
-        np.testing.assert_allclose(got, [expected, 0])
+        per_token = jnp.array([[[1.0, 2, 3], [10, 20, 30]], [[5, 5, 5], [5, 5, 5]], [[5, 5, 5], [5, 5, 5]]])
+        mask = jnp.array([[[1, 1, 1], [1, 0, 0]], [[0, 0, 0], [0, 0, 0]], [[1, 1, 0], [0, 0, 0]]])
+        f = functools.partial(losses.aggregate, how=how, tokens=mask.sum() / 3, max_length=8)
+        got = self.variant(f)(per_token, mask)
+        np.testing.assert_allclose(got, expected)
+        # The batch's mean of 'token_mean' is the mean over its tokens: 26 / 6, not a mean of the groups' means.
+        if how == "token_mean":
+            np.testing.assert_allclose(got.mean(), 26 / 6, rtol=1e-6)
 
     def test_unknown_aggregation_is_named(self):
         with pytest.raises(ConfigError, match="'mean'"):
-            losses.aggregate(jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 1)), "mean", 1)
+            losses.aggregate(jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 1)), "mean", tokens=1.0, max_length=1)
 
 
 @settings(deadline=None, max_examples=30)
@@ -257,12 +285,13 @@ def test_masked_equals_subset(rows):
     every = np.concatenate(subsets)
     np.testing.assert_allclose(losses.cross_entropy(dirty, mask), -np.array(means), rtol=1e-5)
     expected = {
-        "sequence_mean": np.mean(means),
+        "sequence_mean": np.mean([row.mean() for row in subsets if len(row)]) if len(every) else 0,
         "token_mean": every.mean() if len(every) else 0,
-        "constant_length": every.sum() / 30,
+        "constant_length": every.sum() / (10 * max(1, sum(len(row) > 0 for row in subsets))),
     }
     for how, value in expected.items():
-        np.testing.assert_allclose(losses.aggregate(dirty, mask, how, 10), value, rtol=1e-5, atol=1e-7)
+        got = losses.aggregate(dirty, mask, how, tokens=mask.sum(), max_length=10)
+        np.testing.assert_allclose(got, value, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("how", ["sequence_mean", "token_mean", "constant_length"])
@@ -277,7 +306,8 @@ def test_degenerate_groups_have_finite_gradients(how, mask, advantage):
 
     def loss(x):
         per_token = losses.grpo(x, other, jnp.full((1, 2), advantage), 0.2, 0.2) + 0.04 * losses.k3(x, other)
-        return losses.aggregate(per_token, masks, how, 3).sum() + losses.cross_entropy(x, masks).sum() * 0
+        grouped = losses.aggregate(per_token, masks, how, tokens=masks.sum(), max_length=3)
+        return grouped.sum() + losses.cross_entropy(x, masks).sum() * 0
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(logp)
     np.testing.assert_array_equal(value, 0)
@@ -292,7 +322,10 @@ def test_degenerate_groups_have_finite_gradients(how, mask, advantage):
         lambda: losses.dpo(jnp.ones(2), jnp.ones((2, 1)), jnp.ones(2), jnp.ones(2), 0.1),
         lambda: losses.grpo(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), jnp.ones((2, 3, 4)), 0.2, 0.2),
         lambda: losses.k3(jnp.ones((2, 3)), jnp.ones(3)),
-        lambda: losses.aggregate(jnp.ones((2, 3, 4)), jnp.ones((2, 3)), "constant_length", 4),
+        lambda: losses.aggregate(
+            jnp.ones((2, 3, 4)), jnp.ones((2, 3)), "constant_length", tokens=jnp.ones(2), max_length=4
+        ),
+        lambda: losses.reverse_soft_label_kl(jnp.ones((2, 3)), jnp.ones((3,)), 0.01),
         lambda: losses.token_log_probs(
             jnp.ones((2, 3, 4)), jnp.ones((4, 5)), jnp.ones((2, 2), int), temperature=1.0, chunk=2
         ),

@@ -114,3 +114,30 @@ def test_split_answer():
     assert reasoning.split_answer(f"{ANCHOR} fear") == ("", " fear")
     assert reasoning.split_answer(TEXT) == (TEXT, "")
     assert reasoning.split_answer(f"a\n{ANCHOR} b\n{ANCHOR} c") == ("a", f" b\n{ANCHOR} c")
+
+
+def test_partial_credit_by_hand():
+    """A fifth each for four headed parts and the answer; whatever else is wrong costs a fifth."""
+    answer = f"\n{ANCHOR} anger"
+
+    def credit(text, ended=True):
+        return reasoning.format_credit(text, CREMAD, ended=ended)
+
+    assert credit(TEXT + answer) == 1
+    assert credit("") == 0
+    assert credit("", ended=False) == 0
+    assert credit(TEXT) == 0.8  # no answer
+    assert credit(TEXT, ended=False) == 0.6  # cut before it
+    assert credit(TEXT + f"\n{ANCHOR} anger and fear") == 0.8
+    assert credit("\n".join(LINES[:2]) + answer) == 0.6
+    assert credit(f"Well.\n{TEXT}{answer}") == 0.8
+
+
+@given(st.text(), st.booleans(), st.sampled_from(list(MALFORMED)))
+def test_partial_credit_is_full_where_the_format_is(noise, ended, name):
+    for text in (noise, TEXT, MALFORMED[name][0], f"{TEXT}{noise}"):
+        completion = f"{text}\n{ANCHOR} anger"
+        exact = reasoning.format_reward(completion, CREMAD, ended=ended)
+        credit = reasoning.format_credit(completion, CREMAD, ended=ended)
+        assert 0 <= credit <= 1
+        assert (credit == 1) == (exact == 1)

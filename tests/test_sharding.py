@@ -114,11 +114,15 @@ def test_a_mesh_that_is_not_the_devices_is_refused():
 def test_what_does_not_divide_names_the_key_and_what_would():
     mesh = _mesh((2, 2, 2))
     sizes = {"heads": 8, "kv_heads": 3, "hidden": 33, "mlp": 64, "vocab": 64}
-    found = sharding.check(mesh, batch=6, **sizes)
+    found = sharding.check(mesh, batch=6, accumulate=1, **sizes)
     assert found[0] == "data.batch_size=6 is not a multiple of mesh.data x mesh.fsdp = 4; try 4 or 8"
+    found_in_parts = sharding.check(mesh, batch=8, accumulate=3, **sizes)[0]
+    assert found_in_parts == (
+        "data.batch_size=8 is not a multiple of optim.accumulate x mesh.data x mesh.fsdp = 12; try 12"
+    )
     assert "mesh.tensor=2 does not divide the model's 3 key-value heads; try 1" in found
     assert "mesh.fsdp=2 does not divide the model's hidden width 33; try 1" in found
-    assert sharding.check(mesh, batch=8, heads=8, kv_heads=4, hidden=32, mlp=64, vocab=64) == []
+    assert sharding.check(mesh, batch=8, accumulate=2, heads=8, kv_heads=4, hidden=32, mlp=64, vocab=64) == []
 
 
 def test_labels_split_and_merge():
