@@ -45,7 +45,7 @@ def planned(
         checkpoint = args.audio_reasoner if method == "Audio-Reasoner" else args.checkpoint
         if method == "Audio-Reasoner" and not checkpoint:
             continue  # the footer says how to add it
-        values = {"seed": seed, "data.fold": fold, "eval.base": False, **changes}
+        values = {"seed": seed, "data.fold": fold, "eval.base": False}
         if args.lab:
             values |= (experiments.QUICK_SETTINGS if args.quick else experiments.LAB_SETTINGS)[file]
         values |= changes  # what makes the row what it is

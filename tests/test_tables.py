@@ -94,7 +94,9 @@ def test_the_lab_moves_on_a_fold_with_every_seed(tmp_path):
     rows = {(r.corpus, r.row) for r in found}
     stated = {(c, row) for _, low, high, _, corpora in EXPERIMENTS.ORDERINGS for c in corpora for row in (low, high)}
     assert stated <= rows  # else an ordering could never be judged
-    configs = [r.config for r in found if r.seed == 0]
+    first = [(r.row, r.config) for r in found if r.seed == 0]
+    assert {row for row, config in first if config.steps == 0} == {"base"}
+    configs = [config for _, config in first]
     for algorithm in ("sft", "dpo", "grpo", "grpoz"):  # the same prompts for everybody
         of_it = [c for c in configs if c.algorithm == algorithm and c.steps]
         assert {(c.steps, c.data.batch_size) for c in of_it} == {(40, 4)}
