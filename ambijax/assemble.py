@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from ml_collections import FrozenConfigDict
 
 from ambijax import checkpoint, convert, data, features, manifest, optim, peft, prompt, sharding
-from ambijax.algorithms import Setting
+from ambijax.agent import Setting
 from ambijax.corpora import synthetic
 from ambijax.errors import ConfigError
 from ambijax.model import config as model_config
@@ -122,7 +122,7 @@ def datasets(setting: Setting, params: dict, names: tuple[str, ...], *, edit: Ed
         setting.vocabulary,
         windows=tuple(d.windows),
         max_tokens=d.max_tokens,
-        cot=d.cot,
+        style=setting.style,
         gold_label=d.gold_label,
         seed=setting.config.seed,
         label_in_ce=setting.config.loss.lambda_kl == 0,

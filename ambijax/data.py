@@ -90,7 +90,8 @@ class Dataset:
         gold = completions([(e.gold, e.anchor) for e in examples], self.max_tokens, self.pad)
         ce_mask = gold.mask & np.array([e.reasoned for e in examples])[:, None, None]
         if not self.label_in_ce:
-            ce_mask &= np.arange(self.max_tokens) != gold.anchor[..., None] + 1  # the class word follows the anchor
+            steps, last = np.arange(self.max_tokens), gold.mask.sum(axis=-1, keepdims=True) - 1
+            ce_mask &= (steps <= gold.anchor[..., None]) | (steps >= last)  # the class word stands before the end
         return Batch(
             prompt=self.prompts(indices),
             gold=gold,
@@ -171,7 +172,7 @@ def build(
     root: Path,
     windows: Sequence[int],
     max_tokens: int,
-    cot: bool,
+    style: str,
     gold_label: str,
     seed: int,
     label_in_ce: bool,
@@ -187,7 +188,7 @@ def build(
       windows: declared mel lengths.
       max_tokens: completion length T. An utterance whose chain of thought is longer, or breaks the format, is kept
         for its votes alone; how many these are is said.
-      cot: whether the model reasons before it answers.
+      style: how the model reasons before it answers, one of `reasoning.STYLES`; 'answer': it does not.
       gold_label: class word of the gold trajectory: 'argmax' of the votes, or 'sample' from them.
       seed: for 'sample'.
       label_in_ce: whether cross entropy covers the class word.
@@ -204,7 +205,8 @@ def build(
         for i, (u, p) in enumerate(zip(utterances, targets, strict=True)):
             drawn = np.random.default_rng((seed, first + i)).choice(len(p), p=p / p.sum())
             label = vocabulary.labels[int(p.argmax()) if gold_label == "argmax" else drawn]
-            examples[name].append(_example(u, sounds[u.id].tokens, p, label, vocabulary, cot, max_tokens))
+            examples[name].append(_example(u, sounds[u.id].tokens, p, label, vocabulary, style, max_tokens))
+    cot = style != "answer"
     curated = [(u, e) for n in names for u, e in zip(splits[n], examples[n], strict=True) if cot and u.cot]
     if unfit := [u.id for u, e in curated if not e.reasoned]:
         tqdm.tqdm.write(
@@ -237,10 +239,11 @@ def _example(
     p: np.ndarray,
     label: str,
     vocabulary: Vocabulary,
-    cot: bool,
+    style: str,
     max_tokens: int,
 ) -> Example:
-    prompt = encode_prompt(vocabulary, utterance.transcript, audio_tokens, cot=cot)
+    cot = style != "answer"
+    prompt = encode_prompt(vocabulary, utterance.transcript, audio_tokens, style=style)
     gold, anchor = encode_gold(vocabulary, utterance.cot if cot else "", label)
     reasoned = not cot or (not reasoning.problems(utterance.cot) and len(gold) <= max_tokens)
     if not reasoned:

@@ -37,7 +37,7 @@ from ambijax import (
     significance,
     slices,
 )
-from ambijax.algorithms import Setting
+from ambijax.agent import Setting
 from ambijax.data import Dataset
 from ambijax.errors import ConfigError
 from ambijax.predictions import GREEDY, Decoding

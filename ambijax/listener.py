@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ambijax import (
-    algorithms,
+    agent,
     assemble,
     audio,
     data,
@@ -29,14 +29,21 @@ from ambijax import (
     settings,
     sharding,
 )
-from ambijax.algorithms import Setting
+from ambijax.agent import Setting
 from ambijax.errors import ConfigError
 from ambijax.model.config import LoraConfig
 
 ABOUT = "ambijax.json"  # in an exported directory: how the model is asked
 FORMAT = 1  # of it
 # How a checkpoint is asked that says nothing of itself: as configs/base.py asks one that is trained.
-_UNTOLD = {"cot": True, "max_tokens": 256, "windows": [256, 512, 1024], "temperature": 1.0, "batch_size": 16}
+_UNTOLD = {
+    "cot": True,
+    "style": "steps",
+    "max_tokens": 256,
+    "windows": [256, 512, 1024],
+    "temperature": 1.0,
+    "batch_size": 16,
+}
 _NO_LORA = LoraConfig(rank=1, alpha=1.0, dropout=0.0, audio_tower=False)  # of a model without adapters: unused
 _MESH = {"data": 1, "fsdp": -1, "tensor": 1}  # all devices that are here, whatever it was trained on
 _NO_BATCH = 0  # of training, which does not happen; a multiple of any mesh
@@ -104,7 +111,7 @@ class Model:
             with jax.set_mesh(self.setting.mesh):
                 asked = self._asked(heard[part], transcripts[part])
                 rolled = self.setting.rollout(self.variables, asked, key, samples, temperature)
-            texts, readout = algorithms.read(self.setting, sharding.fetch(rolled))
+            texts, readout = agent.read(self.setting, sharding.fetch(rolled))
             predictions += [self._prediction(*row) for row in zip(texts, readout, rolled.forced, strict=True)][
                 : len(heard[part])
             ]
@@ -117,7 +124,7 @@ class Model:
         mels = features.mels(heard, windows, self.setting.model.config.audio.num_mel_bins)
         sounds = list(features.encode(self.setting.model, self.variables, self.setting.mesh, mels))
         tokens = [
-            np.array(prompt.encode_prompt(v, text, sound.tokens, cot=c.data.cot), np.int32)
+            np.array(prompt.encode_prompt(v, text, sound.tokens, style=self.setting.style), np.int32)
             for text, sound in zip(transcripts, sounds, strict=True)
         ]
         size = sharding.round_up(1 << (len(heard) - 1).bit_length(), self.setting.mesh)
@@ -200,13 +207,15 @@ def _load_peft(directory: Path, base: bool, labels: Sequence[str] | None, checkp
 def about(config: FrozenConfigDict) -> dict:
     """How a run's model is asked, for `ABOUT`: what this module needs, and the texts for whoever uses another tool."""
     c = config
-    ask = {name: prompt.instruction(said, c.data.labels, cot=c.data.cot) for name, said in _SAID.items()}
+    style = agent.style(c)
+    ask = {name: prompt.instruction(said, c.data.labels, style=style) for name, said in _SAID.items()}
     return {
         "format": FORMAT,
         "labels": list(c.data.labels),
         "instruction": ask,
         "anchor": prompt.ANCHOR,
         "cot": c.data.cot,
+        "style": c.prompt.style,
         "max_tokens": c.data.max_tokens,
         "windows": list(c.data.windows),
         "temperature": c.readout.temperature,
@@ -239,6 +248,8 @@ def _config(checkpoint: Path, told: dict, lora: LoraConfig = _NO_LORA, init_from
             "seed": 0,
             "init_from": str(init_from),
             "mesh": _MESH,
+            "optim": {"accumulate": 1},
+            "prompt": {"style": told["style"]},
             "data": {
                 **{key: told[key] for key in ("labels", "cot", "max_tokens")},
                 "windows": tuple(told["windows"]),

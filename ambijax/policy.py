@@ -49,7 +49,7 @@ def _read(model: Qwen2Audio, variables: dict, prompt: Prompt, rngs: dict) -> _Re
     return _Read(last, past, prompt.mask.sum(axis=1))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "class_ids", "temperature", "chunk"))
+@functools.partial(jax.jit, static_argnames=("model", "class_ids", "words", "temperature", "chunk"))
 def score(
     model: Qwen2Audio,
     variables: dict,
@@ -60,6 +60,7 @@ def score(
     temperature: float,
     chunk: int,
     rngs: dict,
+    words: tuple[tuple[int, ...], ...] = (),
 ) -> Scores:
     """Log-probabilities, entropies and class read-out of given completions (teacher forcing).
 
@@ -72,11 +73,13 @@ def score(
       temperature: divides the logits of the log-probabilities (not of the read-out).
       chunk: completion positions per slice of vocabulary logits; bounds memory at B x G x chunk x V.
       rngs: {'dropout': key} while training with adapter dropout, else {}.
+      words: token ids of K class words of several tokens. Given, the read-out is each whole word's log-probability
+        after the anchor, instead of one logit.
     """
     read = _read(model, variables, prompt, rngs)
     b, g, t = completions.tokens.shape
     positions = read.length[:, None, None] + jnp.broadcast_to(jnp.arange(t), (b, g, t))
-    hidden, _ = model.apply(
+    hidden, own = model.apply(
         variables, completions.tokens, positions, completions.mask, (read.past,), method="extend", rngs=rngs
     )
     first = jnp.broadcast_to(read.last[:, None, None], (b, g, 1, read.last.shape[-1]))
@@ -84,10 +87,36 @@ def score(
     head = model.apply(variables, method="head")
     logp, entropy = losses.token_log_probs(before, head, completions.tokens, temperature=temperature, chunk=chunk)
     at_anchor = jnp.take_along_axis(hidden, jnp.maximum(completions.anchor, 0)[..., None, None], axis=2)[:, :, 0]
+    if words:
+        length = completions.anchor + 1
+        own = own.replace(mask=own.mask & (jnp.arange(t) < length[..., None]))
+        forward = functools.partial(model.apply, variables, past=(read.past, own), method="extend", rngs=rngs)
+        class_logits = readout.word_log_probs(at_anchor, head, words, forward, read.length[:, None] + length)
+    else:
+        class_logits = readout.logits(at_anchor, head, jnp.array(class_ids))
     return Scores(
         logp=jnp.where(completions.mask, logp, 0.0),
         entropy=jnp.where(completions.mask, entropy, 0.0),
-        readout=readout.logits(at_anchor, head, jnp.array(class_ids)),
+        readout=class_logits,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="tokens")
+def anchored(rolled: Rollout, tokens: Tokens) -> Completions:
+    """A roll-out's completions with the anchor appended to those that never wrote it, as the forced read-out has it."""
+    n, forced = rolled.completions.tokens.shape[-1], jnp.array(tokens.forced)
+    length = (rolled.completions.mask.sum(axis=-1) - rolled.ended)[..., None]  # without the end token
+    steps = jnp.arange(n + len(forced))
+    wider = [(0, 0), (0, 0), (0, len(forced))]
+    appended = rolled.forced[..., None] & (steps >= length)
+    return Completions(
+        tokens=jnp.where(
+            appended,
+            forced[jnp.clip(steps - length, 0, len(forced) - 1)],
+            jnp.pad(rolled.completions.tokens, wider, constant_values=tokens.pad),
+        ),
+        mask=jnp.where(rolled.forced[..., None], steps < length + len(forced), jnp.pad(rolled.completions.mask, wider)),
+        anchor=jnp.where(rolled.forced, length[..., 0] + len(forced) - 1, rolled.completions.anchor),
     )
 
 

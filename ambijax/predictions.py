@@ -23,8 +23,8 @@ import jax
 import numpy as np
 import tqdm
 
-from ambijax import algorithms, assemble, convert, data, journal, manifest, metrics, prompt, reasoning, sharding
-from ambijax.algorithms import Setting
+from ambijax import agent, assemble, convert, data, journal, manifest, metrics, prompt, reasoning, sharding
+from ambijax.agent import Setting
 from ambijax.data import Dataset
 from ambijax.structs import Completions, Prompt
 
@@ -140,7 +140,7 @@ def _own(setting: Setting, variables: dict, asked: Prompt, target: np.ndarray, d
     """What the model writes, and the read-out after it."""
     key = jax.random.key(setting.config.seed)  # the roll-out folds in the number of the example and of the sample
     rolled = setting.rollout(variables, asked, key, decoding.samples, decoding.temperature)
-    judged = algorithms.judge(setting, sharding.fetch(rolled), target)
+    judged = agent.judge(setting, sharding.fetch(rolled), target)
     return [
         {
             "readout": judged.readout[row].mean(axis=0).tolist(),
@@ -156,14 +156,14 @@ def _own(setting: Setting, variables: dict, asked: Prompt, target: np.ndarray, d
 def _given(setting: Setting, variables: dict, asked: Prompt, others: Sequence[dict]) -> list[dict]:
     """The read-out after reasonings of other records, put in the model's mouth."""
     v = setting.vocabulary
-    room = setting.config.data.max_tokens + len(v.forced_anchor) + 2  # the anchor may be appended; class word and end
+    room = setting.config.data.max_tokens + len(v.forced_anchor)
     written = []
     for other in others:
         ids, anchor = prompt.encode_gold(v, reasoning.split_answer(other["reasoning"])[0], v.labels[0])
+        ids = ids[: anchor + 1]  # what is read out stands before the class word
         if len(ids) > room:  # special tokens that the model wrote are spelled out, and longer so
-            ids = ids[: room - len(v.forced_anchor) - 2] + ids[-len(v.forced_anchor) - 2 :]
-            anchor = room - 3
-        written.append((np.array(ids, np.int32), anchor))
+            ids = ids[: room - len(v.forced_anchor)] + ids[-len(v.forced_anchor) :]
+        written.append((np.array(ids, np.int32), len(ids) - 1))
     completions = data.completions(written, room, v.endoftext)
     readout = _read_out(setting, variables, asked, sharding.place(completions, setting.mesh))
     kept = ("reasoning", "format", "forced", "tokens")

@@ -20,11 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
+import tqdm
 
 from ambijax.errors import ConfigError
-from ambijax.reasoning import ANCHOR, HEADINGS
-
-SYSTEM = "You are a helpful assistant."
+from ambijax.reasoning import ANCHOR, STYLES
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +38,7 @@ class Vocabulary:
     audio_eos: int
     endoftext: int  # padding
     labels: tuple[str, ...]  # the K class words
-    class_ids: tuple[int, ...]  # [K], the one token of " anger", ...
+    class_words: tuple[tuple[int, ...], ...]  # [K], the tokens of " anger", ...: one each in Qwen2-Audio's tokenizer
     newline: tuple[int, ...]
     anchor: tuple[int, ...]  # "Final emotion:"
     ends_line: np.ndarray  # bool [V]: the token's text ends with "\n", as "\n" and ".\n" do; an anchor may follow
@@ -48,6 +47,16 @@ class Vocabulary:
     def forced_anchor(self) -> tuple[int, ...]:
         """What is appended to a completion that never reached its anchor."""
         return self.newline + self.anchor
+
+    @property
+    def class_ids(self) -> tuple[int, ...]:
+        """[K], each class word's first token: the whole word unless `split`."""
+        return tuple(word[0] for word in self.class_words)
+
+    @property
+    def split(self) -> bool:
+        """Some class word is several tokens, so that words are scored whole, by summed log-probability."""
+        return any(len(word) > 1 for word in self.class_words)
 
     def encode(self, text: str) -> list[int]:
         """Plain text to ids, none of them special whatever the text says."""
@@ -72,8 +81,8 @@ def load(directory: str | Path, labels: Sequence[str]) -> Vocabulary:
       labels: the K class words, in the order of every [K] axis.
 
     Raises:
-      ConfigError: no readable tokenizer, a special token missing or not marked special, or a class word that is not
-        one token of its own.
+      ConfigError: no readable tokenizer, a special token missing or not marked special, or a class word with whose
+        tokens another one begins.
     """
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
@@ -93,12 +102,16 @@ def load(directory: str | Path, labels: Sequence[str]) -> Vocabulary:
     ]:
         raise ConfigError(f'{path}: plain text can say {", ".join(unsafe)}; mark them "special": true')
     words = {label: tokenizer.encode(f" {label}", add_special_tokens=False).ids for label in labels}
-    if several := [label for label, pieces in words.items() if len(pieces) != 1]:
-        raise ConfigError(f"{path}: class words must be one token each with a space before, not: {', '.join(several)}")
-    class_ids = tuple(pieces[0] for pieces in words.values())
-    if len(set(class_ids)) < len(labels):
+    if len(words) < len(labels):
+        raise ConfigError(f"{path}: class words must be distinct, not {', '.join(labels)}")
+    if clash := [(a, b) for a in words for b in words if a != b and words[b][: len(words[a])] == words[a]]:
         raise ConfigError(
-            f"{path}: class words must be distinct tokens, got {dict(zip(words, class_ids, strict=True))}"
+            f"{path}: class words must part in their tokens; {clash[0][1]!r} begins as {clash[0][0]!r} does"
+        )
+    if several := [label for label, pieces in words.items() if len(pieces) > 1]:
+        tqdm.tqdm.write(
+            f"{path} splits {', '.join(several)} into several tokens: class words are read out whole, by the summed "
+            "log-probability of their tokens"
         )
     size = 1 + max(tokenizer.get_vocab().values())
     texts = tokenizer.decode_batch([[token] for token in range(size)], skip_special_tokens=False)
@@ -106,7 +119,7 @@ def load(directory: str | Path, labels: Sequence[str]) -> Vocabulary:
         tokenizer=tokenizer,
         **ids,
         labels=tuple(labels),
-        class_ids=class_ids,
+        class_words=tuple(map(tuple, words.values())),
         newline=tuple(tokenizer.encode("\n", add_special_tokens=False).ids),
         anchor=tuple(tokenizer.encode(ANCHOR, add_special_tokens=False).ids),
         ends_line=np.array([text.endswith("\n") for text in texts]),
@@ -127,32 +140,30 @@ def assert_fits(vocabulary: Vocabulary, rows: int, audio_token: int) -> None:
         )
 
 
-def instruction(transcript: str, labels: Sequence[str], *, cot: bool) -> str:
+def instruction(transcript: str, labels: Sequence[str], *, style: str) -> str:
     """What we ask the model about a clip.
 
     Args:
       transcript: what is said, put on one line; '' = none is given.
       labels: the class words it chooses from.
-      cot: ask for the reasoning; False asks for the answer alone (Table 3 of the paper).
+      style: of the answer, one of `reasoning.STYLES`.
     """
     words = " ".join(transcript.split())
     said = f"Transcript: {words}" if words else "No transcript is given."
-    steps = ", ".join(heading.rstrip(":") for heading in HEADINGS)
-    task = f'Write {steps}, then "{ANCHOR}"' if cot else f'Write "{ANCHOR}"'
-    return f"{said}\nHow do listeners hear this voice? {task} and one of {', '.join(labels)}."
+    return f"{said}\nHow do listeners hear this voice? {STYLES[style].task} {', '.join(labels)}."
 
 
-def encode_prompt(vocabulary: Vocabulary, transcript: str, audio_tokens: int, *, cot: bool) -> list[int]:
+def encode_prompt(vocabulary: Vocabulary, transcript: str, audio_tokens: int, *, style: str) -> list[int]:
     """The prompt for one clip, up to where the completion begins.
 
     Args:
       vocabulary: from `load`; its labels are the choice the model is given.
       transcript: see `instruction`.
       audio_tokens: the clip's length in tokens, `audio.tokens(...)`.
-      cot: see `instruction`.
+      style: see `instruction`.
     """
-    text = instruction(transcript, vocabulary.labels, cot=cot)
-    return encode_turns(vocabulary, [("user", (audio_tokens, text))])
+    text = instruction(transcript, vocabulary.labels, style=style)
+    return encode_turns(vocabulary, [("system", (STYLES[style].system,)), ("user", (audio_tokens, text))])
 
 
 def encode_turns(vocabulary: Vocabulary, turns: Sequence[tuple[str, Sequence[str | int]]]) -> list[int]:
@@ -166,7 +177,7 @@ def encode_turns(vocabulary: Vocabulary, turns: Sequence[tuple[str, Sequence[str
     Example: `[("user", (25, "Who speaks?")), ("assistant", ("A child.",)), ("user", ("And how?",))]`
     """
     if not turns or turns[0][0] != "system":
-        turns = [("system", (SYSTEM,)), *turns]
+        turns = [("system", (STYLES["steps"].system,)), *turns]
     pieces: list[str | int] = []  # texts and special ids
     audios = 0
     for role, contents in turns:
@@ -203,8 +214,8 @@ def encode_gold(vocabulary: Vocabulary, cot: str, label: str) -> tuple[list[int]
     """
     reasoning = vocabulary.encode(cot.strip())
     ids = [*reasoning, *vocabulary.forced_anchor] if reasoning else [*vocabulary.anchor]
-    answer = vocabulary.class_ids[vocabulary.labels.index(label)]
-    return [*ids, answer, vocabulary.im_end], len(ids) - 1
+    answer = vocabulary.class_words[vocabulary.labels.index(label)]
+    return [*ids, *answer, vocabulary.im_end], len(ids) - 1
 
 
 def decode(vocabulary: Vocabulary, ids: Sequence[int]) -> str:

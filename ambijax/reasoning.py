@@ -12,7 +12,7 @@ or a file says here is untrusted text: nothing in this module can turn it into a
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 HEADINGS = ("Keywords:", "Step 1 Text Analysis:", "Step 2 Audio Analysis:", "Step 3 Synthesis:")
 ANCHOR = "Final emotion:"
@@ -74,30 +74,81 @@ def parse(reasoning: str) -> Reasoning:
     return Reasoning(*(part.strip() for part in parts))
 
 
-def faults(completion: str, labels: Sequence[str], *, ended: bool) -> list[str]:
-    """What keeps a completion from the format: the `problems` of its reasoning, and of its answer; empty when nothing.
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """A way to ask for an answer, and what it must look like."""
 
-    Args:
-      completion: the decoded tokens without EOS.
-      labels: the class words.
-      ended: whether the model itself ended the completion with EOS.
-    """
+    system: str  # the system turn
+    task: str  # ends the question, before the class words
+    faults: Callable[[str, Sequence[str]], list[str]]  # (completion, labels) -> what keeps it from the format
+
+
+def _faults_of_steps(completion: str, labels: Sequence[str]) -> list[str]:
     reasoning, answer = split_answer(completion)
     found = problems(reasoning)
     if f"\n{ANCHOR}" not in completion or answer not in {f" {label}" for label in labels}:
         found.append(f"'{ANCHOR}' and one class word do not stand on the last line")
-    if not ended:
-        found.append("the completion was cut")
     return found
 
 
-def format_reward(completion: str, labels: Sequence[str], *, ended: bool) -> float:
-    """format(r) of equation 6: 1 when the completion follows the format to the letter, else 0. See `faults`."""
-    return float(not faults(completion, labels, ended=ended))
+def _faults_of_answer(completion: str, labels: Sequence[str]) -> list[str]:
+    exact = completion in {f"{ANCHOR} {label}" for label in labels}
+    return [] if exact else [f"it is not '{ANCHOR}' and one class word"]
 
 
-def format_credit(completion: str, labels: Sequence[str], *, ended: bool) -> float:
-    """format(r) with partial credit: a fifth for each of the four headed parts and the answer, a fifth less for any
-    other of the `faults`; 1 exactly where `format_reward` is, 0 for an empty completion.
+_TAGS = ("THINK", "PLANNING", "CAPTION", "REASONING", "SUMMARY")  # the first around the others
+
+
+def _faults_of_audio_reasoner(completion: str, labels: Sequence[str]) -> list[str]:
+    inner = r"\s*".join(rf"<{tag}>(?P<{tag}>.*\S.*)</{tag}>" for tag in _TAGS[1:])
+    whole = re.fullmatch(rf"\s*<THINK>\s*{inner}\s*</THINK>\s*<RESPONSE>(.*)</RESPONSE>\s*", completion, re.DOTALL)
+    once = all(completion.count(mark) == 1 for tag in (*_TAGS, "RESPONSE") for mark in (f"<{tag}>", f"</{tag}>"))
+    if not whole or not once:
+        return ["its tags are not each there once, in order and filled"]
+    said = [label for label in labels if re.search(rf"\b{re.escape(label)}\b", whole[5], re.IGNORECASE)]
+    return [] if len(said) == 1 else [f"its response names {len(said)} of the class words, not one"]
+
+
+_SYSTEM = "You are a helpful assistant."
+_STEPS = ", ".join(heading.rstrip(":") for heading in HEADINGS)
+STYLES = {
+    # The paper's, which everything is trained in.
+    "steps": Style(_SYSTEM, f'Write {_STEPS}, then "{ANCHOR}" and one of', _faults_of_steps),
+    # Without a chain of thought (Table 3 of the paper): what data.cot=False asks for.
+    "answer": Style(_SYSTEM, f'Write "{ANCHOR}" and one of', _faults_of_answer),
+    # Of the published Audio-Reasoner (arXiv 2503.02318), whose system turn this is. It knows no anchor of ours, so its
+    # distribution is always read out after an appended one.
+    "audio_reasoner": Style(
+        "You are an audio deep-thinking model. Upon receiving a question, please respond in two parts: <THINK> and "
+        "<RESPONSE>. The <THINK> section should be further divided into four parts: <PLANNING>, <CAPTION>, "
+        "<REASONING>, and <SUMMARY>.",
+        "Answer with one of",
+        _faults_of_audio_reasoner,
+    ),
+}
+
+
+def faults(completion: str, labels: Sequence[str], *, style: str, ended: bool) -> list[str]:
+    """What keeps a completion from the format of its style; empty when nothing does.
+
+    Args:
+      completion: the decoded tokens without EOS.
+      labels: the class words.
+      style: one of `STYLES`.
+      ended: whether the model itself ended the completion with EOS.
     """
-    return max(0, 5 - len(faults(completion, labels, ended=ended))) / 5
+    return STYLES[style].faults(completion, labels) + ([] if ended else ["the completion was cut"])
+
+
+def format_reward(completion: str, labels: Sequence[str], *, style: str, ended: bool) -> float:
+    """format(r) of equation 6: 1 when the completion follows the format to the letter, else 0. See `faults`."""
+    return float(not faults(completion, labels, style=style, ended=ended))
+
+
+def format_credit(completion: str, labels: Sequence[str], *, style: str, ended: bool) -> float:
+    """format(r) with partial credit: a fifth for each of the four headed parts and the answer, a fifth less for any
+    other of the `faults`; 1 exactly where `format_reward` is, 0 for an empty completion. Styles of fewer parts: all or
+    nothing.
+    """
+    found = faults(completion, labels, style=style, ended=ended)
+    return max(0, 5 - len(found)) / 5 if style == "steps" else float(not found)

@@ -12,6 +12,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
+from ambijax import reasoning
 from ambijax.errors import ConfigError
 
 
@@ -83,6 +84,12 @@ def check(config: ConfigDict) -> None:
     need(c.data.dev in ("next_fold", "groups"), f"data.dev={c.data.dev!r} must be next_fold or groups")
     need(c.data.fold >= 0, f"data.fold={c.data.fold} must be the number of a fold")
     need(c.data.gold_label in ("argmax", "sample"), f"data.gold_label={c.data.gold_label!r} must be argmax or sample")
+    styles = [style for style in reasoning.STYLES if style != "answer"]
+    need(c.prompt.style in styles, f"prompt.style={c.prompt.style!r} must be one of {', '.join(styles)}")
+    need(
+        c.prompt.style == "steps" or c.steps == 0,
+        f"prompt.style={c.prompt.style!r} is for evaluation (steps=0): curated trajectories are written in 'steps'",
+    )
     need(0 <= c.optim.warmup < 1, f"optim.warmup={c.optim.warmup} must be a fraction of the steps in [0, 1)")
     need(c.optim.learning_rate > 0, f"optim.learning_rate={c.optim.learning_rate} must be positive")
     need(c.optim.clip > 0, f"optim.clip={c.optim.clip} must be positive")

@@ -19,7 +19,8 @@ import tqdm
 from ml_collections import FrozenConfigDict
 
 from ambijax import algorithms, assemble, checkpoint, convert, errors, evaluate, hosts, optim, settings
-from ambijax.algorithms import ALGORITHMS, Setting
+from ambijax.agent import Setting
+from ambijax.algorithms import ALGORITHMS
 from ambijax.data import Dataset
 from ambijax.journal import Log, environment
 from ambijax.structs import TrainState

@@ -9,7 +9,7 @@ import optax
 from ml_collections import FrozenConfigDict
 
 from ambijax import optim, sharding
-from ambijax.algorithms import Setting
+from ambijax.agent import Setting
 from ambijax.structs import TrainState
 
 DROPOUT = 2**31 - 1  # folded into a step's key for dropout, less the part's number; examples are numbered from 0

@@ -47,6 +47,9 @@ def get_config(corpus: str) -> ConfigDict:
     c.data.cot = True  # False: answer without reasoning (Table 3)
     c.data.gold_label = "argmax"  # class word of the curated trajectory; unknown, alternative: sample from the votes
 
+    c.prompt = ConfigDict()
+    c.prompt.style = "steps"  # paper: keywords, three steps, answer; audio_reasoner is the published baseline's own
+
     c.optim = ConfigDict()
     c.optim.train = ("lora/.*",)  # regular expressions over variable paths; the rest is frozen
     c.optim.learning_rate = 1e-4  # paper, for SFT

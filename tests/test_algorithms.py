@@ -31,7 +31,7 @@ COTS = [Reasoning(f"slow {i}", "a plain statement", "soft and falling", "sad" * 
 def vocabulary(tmp_path_factory) -> prompt.Vocabulary:
     directory = tmp_path_factory.mktemp("tokenizer")
     texts = [f"{cot}\nFinal emotion: {label}" for cot in COTS for label in CREMAD]
-    train([*texts, prompt.instruction("well", CREMAD, cot=True)] * 20).save(str(directory / "tokenizer.json"))
+    train([*texts, prompt.instruction("well", CREMAD, style="steps")] * 20).save(str(directory / "tokenizer.json"))
     return prompt.load(directory, CREMAD)
 
 

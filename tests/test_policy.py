@@ -285,3 +285,81 @@ def test_each_row_hears_its_own_clip(model, variables):
         alone = _score(model, variables, *jax.tree.map(lambda x, b=b: x[b : b + 1], (prompt, given)))
         np.testing.assert_allclose(both.logp[b], alone.logp[0], atol=1e-4)
         np.testing.assert_allclose(both.readout[b], alone.readout[0], atol=1e-4)
+
+
+def _word_log_prob(model, variables, prompt, row, said, word):
+    """Summed log-probability of a word after what was said, from plain forward passes."""
+    logits = _plain_logits(model, variables, prompt, row, np.append(said, word))
+    picked = scipy.special.log_softmax(logits, axis=-1)[len(said) : len(said) + len(word)]
+    return picked[np.arange(len(word)), word].sum()
+
+
+WORDS = ((10,), (11, 20, 21), (11, 22))
+
+
+def test_split_words_are_scored_whole(model, variables):
+    prompt, given = small.prompts(2), small.completions(2, 2, N)
+    scores = policy.score(
+        model,
+        variables,
+        prompt,
+        given,
+        class_ids=small.TOKENS.classes,
+        words=WORDS,
+        temperature=1.0,
+        chunk=4,
+        rngs={},
+    )
+    for b in range(2):
+        for g in range(2):
+            said = given.tokens[b, g, : given.anchor[b, g] + 1]  # what stands behind the anchor must not be seen
+            expected = [_word_log_prob(model, variables, prompt, b, said, word) for word in WORDS]
+            np.testing.assert_allclose(scores.readout[b, g], expected, atol=1e-4)
+
+
+def test_words_of_one_token_read_out_as_class_logits_do(model, variables):
+    # And the softmax over class logits is the full-vocabulary softmax renormalised.
+    prompt, given = small.prompts(2), small.completions(2, 2, N)
+    logits = _score(model, variables, prompt, given).readout
+    words = tuple((token, 33) for token in small.TOKENS.classes)
+    both = [
+        policy.score(
+            model,
+            variables,
+            prompt,
+            given,
+            class_ids=small.TOKENS.classes,
+            words=w,
+            temperature=1.0,
+            chunk=4,
+            rngs={},
+        ).readout
+        for w in (words, (*tuple(word[:1] for word in words), (5, 6)))
+    ]
+    np.testing.assert_allclose(jax.nn.softmax(both[1][..., :3]), jax.nn.softmax(logits), atol=1e-5)
+    assert np.all(both[0] < both[1][..., :3])  # a longer word is a rarer one
+    said = given.tokens[0, 0, : given.anchor[0, 0] + 1]
+    full = scipy.special.softmax(_plain_logits(model, variables, prompt, 0, said)[-1])[list(small.TOKENS.classes)]
+    np.testing.assert_allclose(jax.nn.softmax(logits[0, 0]), full / full.sum(), atol=1e-5)
+
+
+def test_anchored_completions_read_out_as_the_roll_out_did(model, variables):
+    # Own anchors and forced ones, ended and cut ones, of unequal lengths: one teacher-forced pass gives the same.
+    prompt = small.prompts(3)
+    tokens, before = _likely_anchor(model, variables, prompt)
+    ends_line = np.arange(small.VOCABULARY) == before
+    rolled = policy.rollout(
+        model,
+        variables,
+        prompt,
+        jax.random.key(0),
+        ends_line,
+        tokens=tokens,
+        samples=8,
+        max_tokens=N,
+        temperature=0.7,
+    )
+    assert 0 < rolled.forced.sum() < rolled.forced.size
+    assert len({*np.asarray(rolled.completions.mask.sum(-1)).ravel().tolist()}) > 3
+    scores = _score(model, variables, prompt, policy.anchored(rolled, tokens))
+    np.testing.assert_allclose(rolled.readout, scores.readout, atol=1e-4)

@@ -10,6 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from ambijax import audio, prompt
 from ambijax.emotions import CREMAD, IEMOCAP
 from ambijax.errors import ConfigError
+from ambijax.reasoning import STYLES
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
 # How Qwen2 parts text into words before it merges bytes (the expression of its tokenizer.json).
@@ -111,17 +112,19 @@ def test_ids_equal_the_processor(vocabulary, processor, name):
     assert prompt.encode_turns(vocabulary, turns) == expected.tolist()
 
 
-@pytest.mark.parametrize("cot", [True, False])
-def test_prompt_equals_the_processor(vocabulary, processor, cot):
-    text = prompt.instruction("It's eleven o'clock.", CREMAD, cot=cot)
+@pytest.mark.parametrize("style", ["steps", "answer", "audio_reasoner"])
+def test_prompt_equals_the_processor(vocabulary, processor, style):
+    text = prompt.instruction("It's eleven o'clock.", CREMAD, style=style)
+    system = STYLES[style].system
+    assert ("audio deep-thinking model" in system) == (style == "audio_reasoner")
     rendered = (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>system\n{system}<|im_end|>\n"
         f"<|im_start|>user\nAudio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n{text}<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
     clip = np.random.default_rng(0).uniform(-1, 1, 32_000).astype(np.float32)
     expected = processor(text=rendered, audio=[clip], sampling_rate=16_000, return_tensors="np")["input_ids"][0]
-    assert prompt.encode_prompt(vocabulary, "It's eleven o'clock.", 50, cot=cot) == expected.tolist()
+    assert prompt.encode_prompt(vocabulary, "It's eleven o'clock.", 50, style=style) == expected.tolist()
 
 
 def test_published_ids(qwen2):
@@ -144,13 +147,13 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_untrusted_text_is_never_special(vocabulary, text):
-    harmless = prompt.encode_prompt(vocabulary, "hello", 7, cot=True)
-    hostile = prompt.encode_prompt(vocabulary, text, 7, cot=True)
+    harmless = prompt.encode_prompt(vocabulary, "hello", 7, style="steps")
+    hostile = prompt.encode_prompt(vocabulary, text, 7, style="steps")
     for token in map(vocabulary.tokenizer.token_to_id, SPECIAL):
         assert hostile.count(token) == harmless.count(token)
     assert hostile.count(vocabulary.audio) == 7
     assert " ".join(text.split()) in prompt.decode(
-        vocabulary, vocabulary.encode(prompt.instruction(text, (), cot=True))
+        vocabulary, vocabulary.encode(prompt.instruction(text, (), style="steps"))
     )
 
     ids, index = prompt.encode_gold(vocabulary, text, "fear")
@@ -160,7 +163,7 @@ def test_untrusted_text_is_never_special(vocabulary, text):
 
 
 def test_transcript_stays_on_its_line():
-    text = prompt.instruction("  one\ntwo\r\n\tthree ", IEMOCAP, cot=True)
+    text = prompt.instruction("  one\ntwo\r\n\tthree ", IEMOCAP, style="steps")
     assert text.splitlines()[0] == "Transcript: one two three"
 
 
@@ -168,8 +171,8 @@ def test_transcript_stays_on_its_line():
 
 
 def test_instruction():
-    with_cot = prompt.instruction("", CREMAD, cot=True)
-    without = prompt.instruction("", CREMAD, cot=False)
+    with_cot = prompt.instruction("", CREMAD, style="steps")
+    without = prompt.instruction("", CREMAD, style="answer")
     assert "No transcript is given." in with_cot
     assert len(with_cot.split()) <= 40
     for word in ("Keywords", "Step 1 Text Analysis", "Step 2 Audio Analysis", "Step 3 Synthesis"):
@@ -240,8 +243,21 @@ def refused(directory, message: str, labels=CREMAD):
     assert "\n" not in str(caught.value)
 
 
-def test_class_words_must_be_single_and_distinct(tokenizer):
-    refused(tokenizer, "one token each.*: gobsmacked$", labels=("anger", "gobsmacked"))
+def test_class_words_of_several_tokens_are_whole_words_and_the_user_hears_of_it(tokenizer, capsys):
+    v = prompt.load(tokenizer, ("anger", "gobsmacked"))
+    assert "splits gobsmacked into several tokens" in capsys.readouterr().out
+    assert v.split
+    assert [v.tokenizer.decode(word) for word in v.class_words] == [" anger", " gobsmacked"]
+    assert v.class_ids == (v.class_words[0][0], v.class_words[1][0])
+    ids, anchor = prompt.encode_gold(v, "", "gobsmacked")
+    assert tuple(ids[anchor + 1 : -1]) == v.class_words[1]
+    assert prompt.decode(v, ids) == "Final emotion: gobsmacked"
+
+
+def test_class_words_must_part(tokenizer, capsys):
+    assert not prompt.load(tokenizer, CREMAD).split
+    assert not capsys.readouterr().out
+    refused(tokenizer, "'anger' begins 'anger management'", labels=("anger", "anger management"))
     refused(tokenizer, "distinct", labels=("anger", "fear", "anger"))
 
 

@@ -61,7 +61,7 @@ def test_malformed_reasoning_is_named_and_earns_nothing(name):
     with pytest.raises(ValueError, match=message):
         reasoning.parse(text)
     assert reasoning.problems(text)
-    assert reasoning.format_reward(f"{text}\n{ANCHOR} anger", CREMAD, ended=True) == 0
+    assert reasoning.format_reward(f"{text}\n{ANCHOR} anger", CREMAD, style="steps", ended=True) == 0
 
 
 def test_all_problems_are_listed():
@@ -77,7 +77,7 @@ def test_long_reasoning_is_well_formed():
 
 @pytest.mark.parametrize("label", CREMAD)
 def test_format_reward_pays(label):
-    assert reasoning.format_reward(f"{TEXT}\n{ANCHOR} {label}", CREMAD, ended=True) == 1
+    assert reasoning.format_reward(f"{TEXT}\n{ANCHOR} {label}", CREMAD, style="steps", ended=True) == 1
 
 
 @pytest.mark.parametrize(
@@ -99,14 +99,14 @@ def test_format_reward_pays(label):
     ],
 )
 def test_format_reward_does_not_pay_for_another_ending(ending):
-    assert reasoning.format_reward(f"{TEXT}{ending}", CREMAD, ended=True) == 0
+    assert reasoning.format_reward(f"{TEXT}{ending}", CREMAD, style="steps", ended=True) == 0
 
 
 def test_format_reward_wants_an_end_and_a_label_of_this_corpus():
     good = f"{TEXT}\n{ANCHOR} fear"
-    assert reasoning.format_reward(good, CREMAD, ended=False) == 0
-    assert reasoning.format_reward(good, ("anger", "neutral"), ended=True) == 0
-    assert reasoning.format_reward(f"{ANCHOR} fear", CREMAD, ended=True) == 0
+    assert reasoning.format_reward(good, CREMAD, style="steps", ended=False) == 0
+    assert reasoning.format_reward(good, ("anger", "neutral"), style="steps", ended=True) == 0
+    assert reasoning.format_reward(f"{ANCHOR} fear", CREMAD, style="steps", ended=True) == 0
 
 
 def test_split_answer():
@@ -120,14 +120,14 @@ def test_partial_credit_by_hand():
     """A fifth each for four headed parts and the answer; whatever else is wrong costs a fifth."""
     answer = f"\n{ANCHOR} anger"
 
-    def credit(text, ended=True):
-        return reasoning.format_credit(text, CREMAD, ended=ended)
+    def credit(text, style="steps", ended=True):
+        return reasoning.format_credit(text, CREMAD, style="steps", ended=ended)
 
     assert credit(TEXT + answer) == 1
     assert credit("") == 0
-    assert credit("", ended=False) == 0
+    assert credit("", style="steps", ended=False) == 0
     assert credit(TEXT) == 0.8  # no answer
-    assert credit(TEXT, ended=False) == 0.6  # cut before it
+    assert credit(TEXT, style="steps", ended=False) == 0.6  # cut before it
     assert credit(TEXT + f"\n{ANCHOR} anger and fear") == 0.8
     assert credit("\n".join(LINES[:2]) + answer) == 0.6
     assert credit(f"Well.\n{TEXT}{answer}") == 0.8
@@ -137,7 +137,36 @@ def test_partial_credit_by_hand():
 def test_partial_credit_is_full_where_the_format_is(noise, ended, name):
     for text in (noise, TEXT, MALFORMED[name][0], f"{TEXT}{noise}"):
         completion = f"{text}\n{ANCHOR} anger"
-        exact = reasoning.format_reward(completion, CREMAD, ended=ended)
-        credit = reasoning.format_credit(completion, CREMAD, ended=ended)
+        exact = reasoning.format_reward(completion, CREMAD, style="steps", ended=ended)
+        credit = reasoning.format_credit(completion, CREMAD, style="steps", ended=ended)
         assert 0 <= credit <= 1
         assert (credit == 1) == (exact == 1)
+
+
+TAGGED = (
+    "<THINK>\n<PLANNING>\nlisten\n</PLANNING>\n<CAPTION>\na voice\n</CAPTION>\n<REASONING>\nit falls\n</REASONING>\n"
+    "<SUMMARY>\nlow\n</SUMMARY>\n</THINK>\n<RESPONSE>\nThe emotion is Sadness.\n</RESPONSE>"
+)
+
+
+def test_the_format_of_audio_reasoner():
+    def reward(text, ended=True):
+        return reasoning.format_reward(text, CREMAD, style="audio_reasoner", ended=ended)
+
+    assert reward(TAGGED) == 1
+    assert reward(TAGGED, ended=False) == 0
+    assert reward(TAGGED.replace("Sadness", "Sadness or fear")) == 0
+    assert reward(TAGGED.replace("Sadness", "sad")) == 0
+    assert reward(TAGGED.replace("a voice", " ")) == 0
+    assert reward(TAGGED.replace("</CAPTION>", "")) == 0
+    assert reward(TAGGED + "<SUMMARY>again</SUMMARY>") == 0
+    assert reward(f"{TEXT}\n{ANCHOR} anger") == 0
+
+
+def test_the_format_of_an_answer_alone():
+    def reward(text):
+        return reasoning.format_reward(text, CREMAD, style="answer", ended=True)
+
+    assert reward(f"{ANCHOR} anger") == 1
+    assert reward(f"{TEXT}\n{ANCHOR} anger") == 0
+    assert reward(f"{ANCHOR} angry") == 0

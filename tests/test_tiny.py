@@ -45,7 +45,7 @@ def test_transformers_loads_it_and_agrees(clip):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32).eval()
     processor = transformers.AutoProcessor.from_pretrained(TINY)
-    instruction = prompt.instruction("It was a long day.", emotions.CREMAD, cot=True)
+    instruction = prompt.instruction("It was a long day.", emotions.CREMAD, style="steps")
     chat = (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         f"<|im_start|>user\nAudio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n{instruction}<|im_end|>\n"
@@ -55,7 +55,7 @@ def test_transformers_loads_it_and_agrees(clip):
 
     frames = audio.mel_frames(len(clip))
     vocabulary = prompt.load(TINY, emotions.CREMAD)
-    ids = prompt.encode_prompt(vocabulary, "It was a long day.", audio.tokens(frames), cot=True)
+    ids = prompt.encode_prompt(vocabulary, "It was a long day.", audio.tokens(frames), style="steps")
     assert inputs["input_ids"][0].tolist() == ids
 
     model = qwen2_audio.Qwen2Audio(model_config.load(TINY), None, jnp.float32, "nothing_saveable")

@@ -91,9 +91,9 @@ def texts(corpus: manifest.Corpus) -> Iterable[str]:
     """What the model will read and write: instructions with transcripts, and reasonings."""
     for utterance in corpus.utterances:
         for labels in (emotions.CREMAD, emotions.IEMOCAP):
-            yield prompt.instruction(utterance.transcript, labels, cot=True)
+            yield prompt.instruction(utterance.transcript, labels, style="steps")
         yield f"{utterance.cot}\n{prompt.ANCHOR}"
-        yield prompt.instruction(utterance.transcript, emotions.CREMAD, cot=False)
+        yield prompt.instruction(utterance.transcript, emotions.CREMAD, style="answer")
         yield from (f"{prompt.SYSTEM} {role}\nAudio 1: \n" for role in ("system", "user", "assistant"))
 
 
