@@ -141,35 +141,63 @@ def trains_tower(config: FrozenConfigDict) -> bool:
     return config.lora.audio_tower or trains_base(config)
 
 
-def adapters(setting: Setting) -> dict:
-    """The collection 'lora' a run starts from: fresh ones, seeded, B = 0; or those of `init_from`."""
-    key = jax.random.key(setting.config.seed)
+def initial(setting: Setting, params: dict) -> dict:
+    """The variables a run starts from: base weights, fresh adapters (seeded, B = 0), and in their places what
+    `init_from` holds, a run or a PEFT directory.
+
+    Raises:
+      ConfigError: that and this run do not fit.
+    """
+    config, start = setting.config, Path(setting.config.init_from)
+    key = jax.random.key(config.seed)
     made = jax.jit(lambda key: qwen2_audio.init(setting.model, key)["lora"])
-    like = jax.eval_shape(made, key)
-    where = sharding.shardings({"lora": like}, setting.mesh)["lora"]
-    if setting.config.init_from:
-        return _placed(_earlier(setting), like, where, setting.config.init_from)
-    return jax.jit(made, out_shardings=where)(key)
-
-
-def _earlier(setting: Setting) -> dict:
-    """The adapters of `init_from`, a run or a PEFT directory, as host arrays."""
-    start = Path(setting.config.init_from)
+    where = sharding.shardings({"lora": jax.eval_shape(made, key)}, setting.mesh)["lora"]
+    variables = {"params": params, "lora": jax.jit(made, out_shardings=where)(key)}
+    if not config.init_from:
+        return variables
     if peft.is_directory(start):
-        return peft.load(start, setting.model.lora)
-    _, trained, _ = checkpoint.load_adapters(start / "checkpoints", best=False)
-    return trained["lora"]
+        earlier, wrong = {"lora": peft.load(start, setting.model.lora)}, []
+    else:
+        _, earlier, meta = checkpoint.load_adapters(start / "checkpoints", best=False)
+        wrong = _differences(config, meta)
+    labels = flax.traverse_util.flatten_dict(optim.labels(variables, config.optim.train), sep="/")
+    if frozen := [path for path in flax.traverse_util.flatten_dict(earlier, sep="/") if labels.get(path) == "frozen"]:
+        wrong.append(
+            f"it trained {frozen[0]}, which optim.train={tuple(config.optim.train)} freezes, so that no checkpoint of "
+            "this run would hold it: train it here too, or merge that run (ambijax.export) and name the result in "
+            "model.checkpoint"
+        )
+    if wrong:
+        raise ConfigError(f"init_from={start}: " + "; ".join(wrong))
+    return _replaced(setting, variables, earlier, start)
+
+
+def _differences(config: FrozenConfigDict, meta: dict) -> list[str]:
+    """What would give an earlier run's weights another meaning here: other adapters, or another base under them."""
+    there, here = meta["lora"], config.lora
+    wrong = [
+        f"lora.{name} is {there[name]} there and {here[name]} here"
+        for name in ("rank", "alpha", "audio_tower")
+        if there[name] != here[name]
+    ]
+    if meta["base"] != convert.digest(config.model.checkpoint):
+        wrong.append(f"it was trained on another base than model.checkpoint={config.model.checkpoint}")
+    return wrong
 
 
 def trained(setting: Setting, run: Path) -> dict:
     """The variables of a finished run: its base weights, with what it trained in place."""
-    variables = {"params": base(setting)}
+    _, loaded, _ = checkpoint.load_adapters(run / "checkpoints", best=False)
+    return _replaced(setting, {"params": base(setting)}, loaded, run)
+
+
+def _replaced(setting: Setting, variables: dict, loaded: dict, run: Path) -> dict:
+    """The variables with the host arrays `loaded` of `run` in their places."""
     like = qwen2_audio.shapes(setting.model)
     where = sharding.shardings(like, setting.mesh)
-    _, loaded, _ = checkpoint.load_adapters(run / "checkpoints", best=False)
     for collection, tree in loaded.items():
         part = _placed(tree, like[collection], where[collection], run)
-        variables[collection] = optim.merge(part, variables.get(collection, part))
+        variables = variables | {collection: optim.merge(part, variables.get(collection, part))}
     return variables
 
 

@@ -200,8 +200,8 @@ def _load_peft(directory: Path, base: bool, labels: Sequence[str] | None, checkp
         raise ConfigError(f"{directory} adapts {name!r}, which is not here; say where it lies with checkpoint")
     setting = assemble.setting(_config(checkpoint, _told(directory, labels), lora, init_from=directory))
     with jax.set_mesh(setting.mesh):
-        variables = {"params": assemble.base(setting)}
-        return Model(setting, variables if base else variables | {"lora": assemble.adapters(setting)})
+        params = assemble.base(setting)
+        return Model(setting, {"params": params} if base else assemble.initial(setting, params))
 
 
 def about(config: FrozenConfigDict) -> dict:
@@ -248,7 +248,7 @@ def _config(checkpoint: Path, told: dict, lora: LoraConfig = _NO_LORA, init_from
             "seed": 0,
             "init_from": str(init_from),
             "mesh": _MESH,
-            "optim": {"accumulate": 1},
+            "optim": {"accumulate": 1, "train": ("lora/.*",)},
             "prompt": {"style": told["style"]},
             "data": {
                 **{key: told[key] for key in ("labels", "cot", "max_tokens")},

@@ -38,7 +38,7 @@ def train(config: FrozenConfigDict, workdir: Path) -> None:
     with jax.set_mesh(setting.mesh), checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as saved:
         params = assemble.base(setting)
         sets = assemble.datasets(setting, params, ("train", "dev", "test"))
-        variables = {"params": params, "lora": assemble.adapters(setting)}
+        variables = assemble.initial(setting, params)
         state, frozen, optimizer = start(config, variables)
         del variables, params  # what is trained now belongs to `state`, whose memory every update reuses
         meta = identity(config)

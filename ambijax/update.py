@@ -16,7 +16,10 @@ DROPOUT = 2**31 - 1  # folded into a step's key for dropout, less the part's num
 
 
 def start(config: FrozenConfigDict, variables: dict) -> tuple[TrainState, dict, optax.GradientTransformation]:
-    """The state before the first step, the frozen variables, and the optimizer."""
+    """The state before the first step, the frozen variables, and the optimizer.
+
+    What is trained is float32 whatever `model.dtype` is: a step of AdamW is smaller than bfloat16 resolves.
+    """
     labels = optim.labels(variables, config.optim.train)
     trained, frozen = optim.split(variables, labels)
     o = config.optim
@@ -29,7 +32,12 @@ def start(config: FrozenConfigDict, variables: dict) -> tuple[TrainState, dict, 
         clip=o.clip,
         labels=labels,
     )
-    fresh = jax.jit(lambda trained: TrainState(jnp.int32(0), trained, optimizer.init(trained)))
+
+    @jax.jit
+    def fresh(trained: dict) -> TrainState:
+        trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
+        return TrainState(jnp.int32(0), trained, optimizer.init(trained))
+
     where = sharding.shardings(jax.eval_shape(fresh, trained), jax.sharding.get_mesh())
     return jax.jit(fresh, out_shardings=where)(trained), frozen, optimizer
 
