@@ -12,7 +12,8 @@ from jax.sharding import AxisType, Mesh
 from ml_collections import FrozenConfigDict
 
 from ambijax import algorithms, audio, data, optim, prompt, settings, sharding, update
-from ambijax.algorithms import ALGORITHMS, Setting
+from ambijax.agent import Setting
+from ambijax.algorithms import ALGORITHMS
 from ambijax.emotions import CREMAD
 from ambijax.manifest import Utterance
 from ambijax.model import qwen2_audio
@@ -79,7 +80,7 @@ def batch_for(setting: Setting) -> Batch:
         setting.vocabulary,
         windows=(32,),
         max_tokens=c.data.max_tokens,
-        cot=c.data.cot,
+        style=setting.style,
         gold_label=c.data.gold_label,
         seed=0,
         label_in_ce=c.loss.lambda_kl == 0,
