@@ -9,7 +9,7 @@ from scipy.spatial import distance
 
 from ambijax import bounds
 
-DRAWS = 400
+DRAWS = 1000
 
 
 def _annotators(counts) -> np.ndarray:
@@ -28,10 +28,10 @@ def _js(p, q) -> float:
 
 @pytest.fixture(scope="module")
 def real_votes(shared_data) -> np.ndarray:
-    """Voice-only votes of 120 clips of CREMA-D, A D F H N S."""
+    """Voice-only votes of 61 clips of CREMA-D, A D F H N S, one in 124."""
     with (shared_data / "cremad/processedResults/tabulatedVotes.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if int(row[""]) < 200_000]
-    return np.array([[int(row[c]) for c in "ADFHNS"] for row in rows[::62]][:120])
+    return np.array([[int(row[c]) for c in "ADFHNS"] for row in rows[::124]])
 
 
 def test_one_annotator_by_hand():
@@ -66,8 +66,8 @@ def test_halves_of_the_real_votes(real_votes):
         means.append(np.mean(values))
         variances.append(np.var(values))
     error = np.sqrt(np.sum(variances) / DRAWS) / len(means)
-    # About 2e-4; the mean itself is .2, against the whole panel instead of the other half it would be .06.
-    assert abs(bounds.half(real_votes, DRAWS)["js"] - np.mean(means)) < 4 * error < 2e-3
+    # The error is about 6e-4; the mean is .23, and with halves drawn with replacement it would be .17.
+    assert abs(bounds.half(real_votes, DRAWS)["js"] - np.mean(means)) < 4 * error < 4e-3
 
 
 def test_another_panel_by_enumeration():
