@@ -30,7 +30,7 @@ LAYERS = [
     ["algorithms"],
     ["assemble", "update"],
     ["predictions", "canaries"],
-    ["evaluate"],
+    ["evaluate", "compare"],
     ["listener", "card"],
     ["train", "predict", "export", "prepare", "curate", "tiny.make"],
     ["report.runs"],

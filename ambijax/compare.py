@@ -1,0 +1,143 @@
+"""Systems on the same utterances: how much each differs from the first, with intervals and paired tests.
+
+    python -m ambijax.compare runs/sft_tiny runs/tiny [--evaluation test]
+    python -m ambijax.compare runs/sft_0,runs/sft_1 runs/dpo_0,runs/dpo_1
+
+A system is a run, or several with commas between: its folds, whose utterances are pooled, or its seeds, which are
+averaged utterance by utterance. Where every system has as many runs, two or more, their means are compared as well, in
+the order given: a test with few units, but one that does not take utterances of one training for independent.
+
+p values are of two-sided sign-flip tests, and corrected by Holm over all measures and systems that are printed.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from ambijax import errors, metrics, predictions, settings, significance
+from ambijax.errors import ConfigError, DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """What one system predicted."""
+
+    name: str
+    ids: tuple[str, ...]
+    speakers: np.ndarray  # [N]
+    values: dict[str, np.ndarray]  # measure -> [N]
+    runs: dict[str, np.ndarray]  # measure -> mean of each run
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One measure of one system, less the first system's."""
+
+    system: str
+    measure: str
+    mean: float
+    low: float
+    high: float
+    p: float
+    adjusted: float  # by Holm
+    p_runs: float | None  # over the runs' means; None with one run
+
+
+def read(runs: Sequence[Path], evaluation: str) -> System:
+    """The predictions of a system's runs.
+
+    Raises:
+      DataError: a run has none.
+    """
+    values: dict[str, list[dict[str, float]]] = {}
+    speakers, means = {}, []
+    for run in runs:
+        records = predictions.read(run / "eval" / evaluation)
+        if not records:
+            raise DataError(f"no predictions in {run / 'eval' / evaluation}; python -m ambijax.evaluate --run {run}")
+        p, q = (np.array([record[key] for record in records]) for key in ("target", "readout"))
+        found = metrics.per_utterance(p, q)
+        means.append({name: value.mean() for name, value in found.items()})
+        for i, record in enumerate(records):
+            speakers[record["id"]] = record["speaker"]
+            values.setdefault(record["id"], []).append({name: value[i] for name, value in found.items()})
+    return System(
+        name=",".join(run.name for run in runs),
+        ids=tuple(sorted(values)),
+        speakers=np.array([speakers[i] for i in sorted(values)]),
+        values={m: np.array([np.mean([v[m] for v in values[i]]) for i in sorted(values)]) for m in means[0]},
+        runs={m: np.array([mean[m] for mean in means]) for m in means[0]},
+    )
+
+
+def differences(systems: Sequence[System], config: FrozenConfigDict) -> list[Difference]:
+    """Every measure of every system against the first.
+
+    Args:
+      systems: two or more.
+      config: whose `eval` says how to resample.
+
+    Raises:
+      DataError: they did not predict the same utterances.
+    """
+    first, e = systems[0], config.eval
+    several = len({len(next(iter(system.runs.values()))) for system in systems}) == 1 and len(first.runs["js"]) > 1
+    found = []
+    for system in systems[1:]:
+        if odd := set(first.ids) ^ set(system.ids):
+            raise DataError(
+                f"{first.name} and {system.name} predict different utterances, {len(odd)} stand in one alone, for one "
+                f"{min(odd)}; compare the same folds"
+            )
+        clusters = first.speakers if e.cluster == "speaker" else None
+        how = {"seed": 0, "samples": e.resamples, "clusters": clusters}
+        for measure, a in first.values.items():
+            b = system.values[measure]
+            over_runs = None
+            if several:
+                over_runs = significance.paired(system.runs[measure], first.runs[measure], seed=0, samples=e.resamples)
+            low, high = significance.interval(b - a, level=e.level, **how)
+            p = significance.paired(b, a, **how)
+            found.append(Difference(system.name, measure, float(np.mean(b - a)), low, high, p, p, over_runs))
+    adjusted = significance.holm(np.array([d.p for d in found]))
+    return [dataclasses.replace(d, adjusted=float(p)) for d, p in zip(found, adjusted, strict=True)]
+
+
+def table(systems: Sequence[System], found: Sequence[Difference]) -> str:
+    """Differences as an aligned text table, under the first system's means."""
+    first = systems[0]
+    width = max(len(d.system) for d in found) + 2
+    means = ", ".join(f"{measure} {value.mean():.3f}" for measure, value in first.values.items())
+    lines = [f"{first.name}: {len(first.ids)} utterances, {means}", ""]
+    lines.append(
+        f"{'less ' + first.name:<{width}}{'':10}{'difference':>12}{'interval':>20}{'p':>9}{'Holm':>9}{'runs':>9}"
+    )
+    for d in found:
+        interval, over_runs = f"{d.low:+.4f} to {d.high:+.4f}", "" if d.p_runs is None else f"{d.p_runs:.4f}"
+        lines.append(
+            f"{d.system:<{width}}{d.measure:10}{d.mean:>+12.4f}{interval:>20}{d.p:>9.4f}{d.adjusted:>9.4f}{over_runs:>9}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m ambijax.compare", description=__doc__.splitlines()[0])
+    parser.add_argument("systems", nargs="+", help="run directory, or several of one system with commas between")
+    parser.add_argument("--evaluation", default="test", help="which directory under eval/; test by default")
+    args = parser.parse_args()
+    if len(args.systems) < 2:
+        raise ConfigError("give two systems or more; each is compared with the first")
+    systems = [read([Path(run) for run in system.split(",")], args.evaluation) for system in args.systems]
+    config = settings.load(args.systems[0].split(",")[0])
+    print(table(systems, differences(systems, config)))
+    print(
+        f"\n{config.eval.level:.0%} intervals and tests over {config.eval.cluster}s, {config.eval.resamples} resamples"
+    )
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,73 @@
+"""Comparison of runs: pairing by utterance, pooling of folds, and the correction, on predictions written by hand."""
+
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+from ml_collections import FrozenConfigDict
+
+from ambijax import compare, metrics
+from ambijax.errors import DataError
+
+CONFIG = FrozenConfigDict({"eval": {"resamples": 5000, "level": 0.9, "cluster": "utterance"}})
+
+
+def _run(path, seed: int, ids: range, sharpness: float) -> None:
+    """Predictions that come closer to the votes the sharper they are."""
+    (path / "eval/test").mkdir(parents=True)
+    lines = []
+    for i in reversed(ids) if seed % 2 else ids:  # the order of the lines does not matter
+        p = np.random.default_rng(i).dirichlet(np.ones(4))
+        noise = np.random.default_rng([seed, i]).dirichlet(np.ones(4))
+        q = sharpness * p + (1 - sharpness) * noise
+        lines.append({"id": f"u{i}", "speaker": f"s{i % 3}", "target": p.tolist(), "readout": q.tolist()})
+    (path / "eval/test/predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def systems(tmp_path) -> list[compare.System]:
+    """Two systems of two folds each, ten utterances a fold."""
+    for name, sharpness in (("low", 0.3), ("high", 0.6)):
+        for fold in (0, 1):
+            _run(tmp_path / f"{name}{fold}", fold + (name == "low"), range(10 * fold, 10 * fold + 10), sharpness)
+    return [compare.read([tmp_path / f"{name}{fold}" for fold in (0, 1)], "test") for name in ("low", "high")]
+
+
+def test_differences_are_paired_by_utterance(systems, tmp_path):
+    found = {d.measure: d for d in compare.differences(systems, CONFIG)}
+    assert list(found) == ["js", "bc", "r2", "brier", "accuracy"]
+    js = {}
+    for name in ("low", "high"):
+        for fold in (0, 1):
+            for line in (tmp_path / f"{name}{fold}/eval/test/predictions.jsonl").read_text().splitlines():
+                record = json.loads(line)
+                js[name, record["id"]] = float(metrics.js(record["target"], record["readout"]))
+    ids = [f"u{i}" for i in range(20)]
+    difference = np.array([js["high", i] - js["low", i] for i in ids])
+    assert found["js"].mean == pytest.approx(difference.mean())
+    drawn = scipy.stats.permutation_test(
+        (difference, np.zeros(20)), lambda a, b: np.mean(a - b), permutation_type="samples", n_resamples=20_000, rng=0
+    ).pvalue
+    assert abs(found["js"].p - drawn) < 0.01  # four standard errors of a p near .01
+    assert found["js"].low < found["js"].mean < found["js"].high < 0
+    assert found["js"].p_runs == 2 / 4  # two folds, both better: two of four flips
+    assert found["js"].adjusted >= found["js"].p
+
+
+def test_seeds_are_averaged_by_utterance(tmp_path):
+    for seed in (0, 1):
+        _run(tmp_path / f"run{seed}", seed, range(5), 0.5)
+    alone = [compare.read([tmp_path / f"run{seed}"], "test").values["js"] for seed in (0, 1)]
+    both = compare.read([tmp_path / "run0", tmp_path / "run1"], "test")
+    np.testing.assert_allclose(both.values["js"], np.mean(alone, axis=0))
+
+
+def test_other_utterances_cannot_be_compared(tmp_path):
+    _run(tmp_path / "a", 0, range(5), 0.5)
+    _run(tmp_path / "b", 0, range(1, 6), 0.5)
+    a, b = (compare.read([tmp_path / name], "test") for name in "ab")
+    with pytest.raises(DataError, match="2 stand in one alone, for one u0"):
+        compare.differences([a, b], CONFIG)
+    with pytest.raises(DataError, match="no predictions in"):
+        compare.read([tmp_path / "c"], "test")
