@@ -38,6 +38,7 @@ class Command:
     module: str  # ambijax.train
     arguments: tuple[str, ...]
     needs: str  # '' = nothing but the tiny lab
+    environment: tuple[str, ...] = ()  # NAME=VALUE before the command
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line} {self.module} {' '.join(self.arguments)}"
@@ -88,7 +89,9 @@ def commands(page: Path) -> list[Command]:
                 if match := _MODULE.search(part):
                     words = shlex.split(match[2], comments=True)
                     words = [w for i, w in enumerate(words) if w not in (">", "2>") and words[i - 1] not in (">", "2>")]
-                    found.append(Command(str(page.relative_to(ROOT)), start + first, match[1], tuple(words), needs))
+                    before = tuple(re.findall(r"(?<!\S)[A-Z_]+=\S+", part[: match.start()]))
+                    page_name = str(page.relative_to(ROOT))
+                    found.append(Command(page_name, start + first, match[1], tuple(words), needs, before))
     return found
 
 
