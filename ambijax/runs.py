@@ -88,9 +88,10 @@ def done(run: Run) -> bool:
 
 
 def _differing(run: Run) -> str:
-    planned, found = (_flat(c) for c in (run.config.to_dict(), settings.load(run.directory).to_dict()))
-    keys = [key for key in sorted(planned | found) if planned.get(key) != found.get(key)]
-    return "; ".join(f"{key} is {found.get(key)!r}, not {planned.get(key)!r}" for key in keys)
+    """Settings that both versions know and do not agree on: an upgrade with new keys does not undo days of training."""
+    planned, found = _flat(run.config.to_dict()), _flat(json.loads((run.directory / "config.json").read_text()))
+    keys = [key for key in sorted(planned.keys() & found.keys()) if planned[key] != found[key]]
+    return "; ".join(f"{key} is {found[key]!r}, not {planned[key]!r}" for key in keys)
 
 
 def _flat(config: dict) -> dict:

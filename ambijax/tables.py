@@ -163,7 +163,9 @@ def footer(everything: Sequence[Run]) -> list[str]:
     finished = [run for run in everything if runs.done(run)]
     commits = sorted({str(results.commit(run))[:12] for run in finished})
     missing = [f"{r.corpus} {r.row} fold {r.fold} seed {r.seed}" for r in everything if r not in finished]
-    notes = ["[..]: 95 % interval, bootstrap over speakers; an utterance is its mean over seeds. –: nothing to state."]
+    notes = [
+        "In brackets: 95 % interval, bootstrap over speakers; an utterance is its mean over seeds. –: nothing to state."
+    ]
     if missing:
         more = f" and {len(missing) - 12} more" if len(missing) > 12 else ""
         notes.append(f"PARTIAL, {len(missing)} of {len(everything)} runs are missing: {'; '.join(missing[:12])}{more}")

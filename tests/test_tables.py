@@ -158,6 +158,11 @@ def test_done_is_a_complete_evaluation_with_these_settings(everything, tmp_path)
     changed = wanted(tmp_path, folds=1, seeds=1, table="figure2", overrides=["--config.optim.learning_rate=0.5"])
     with pytest.raises(errors.ConfigError, match=r"optim.learning_rate is 0.002, not 0.5"):
         runs.done(tables.all_runs(EXPERIMENTS, changed)[0])
+    config = run.directory / "config.json"
+    older = json.loads(config.read_text())
+    del older["eval"]["resamples"]
+    config.write_text(json.dumps(older | {"given_up": 1}))
+    assert runs.done(run)  # a version with other keys
     moved = wanted(tmp_path, folds=1, seeds=1, table="figure2", overrides=["--config.data.root=/elsewhere"])
     assert runs.done(tables.all_runs(EXPERIMENTS, moved)[0])
 
