@@ -82,9 +82,9 @@ def test_the_other_corpus_is_tested_with_what_was_trained_on_the_first(tmp_path)
 
 def test_audio_reasoner_is_the_base_of_another_checkpoint(tmp_path):
     found = tables.all_runs(EXPERIMENTS, wanted(tmp_path, audio_reasoner="/models/ar", checkpoint="/models/q2a"))
-    at = {r.row: r.config.model.checkpoint for r in found}
-    assert at.pop("Audio-Reasoner") == "/models/ar"
-    assert set(at.values()) == {"/models/q2a"}
+    at = {r.row: (r.config.model.checkpoint, r.config.prompt.style) for r in found}
+    assert at.pop("Audio-Reasoner") == ("/models/ar", "audio_reasoner")
+    assert set(at.values()) == {("/models/q2a", "steps")}
 
 
 def test_the_lab_moves_on_a_fold_with_every_seed(tmp_path):
