@@ -4,7 +4,8 @@
     python -m ambijax.evaluate --run runs/tiny --samples 8 --temperature 1.0
     python -m ambijax.evaluate --run runs/tiny --swap_audio | --swap_transcript | --shuffle_cot
     python -m ambijax.evaluate --run runs/sft_cremad --corpus data/iemocap [--fold 0]
-    python -m ambijax.evaluate --checkpoint Audio-Reasoner --config configs/sft.py:cremad --workdir runs/audio_reasoner
+    python -m ambijax.evaluate --checkpoint Audio-Reasoner --config configs/audio_reasoner.py:cremad \\
+      --workdir runs/audio_reasoner
 
 Prediction is free-running: the model writes its chain of thought greedily, the distribution is read out after it.
 Another corpus is read out over the classes it shares with the run's own; without --fold all of it is tested on.
@@ -192,7 +193,7 @@ def main() -> None:
     with jax.set_mesh(setting.mesh):
         base = args.base or not args.run
         variables = {"params": assemble.base(setting)} if base else assemble.trained(setting, workdir)
-        temperature = _temperature(setting, variables, workdir, args, base) if args.calibrate else None
+        temperature = _temperature(setting, variables, workdir, args) if args.calibrate else None
         if args.corpus:
             setting = assemble.setting(on_corpus(config, manifest.read(args.corpus), args.fold))
         name, summary = _evaluate(setting, variables, workdir, args, base, temperature)
@@ -235,7 +236,7 @@ def _evaluate(
     return name, run(setting, variables, test, directory, name, rows=rows, base=base, **how)
 
 
-def _temperature(setting: Setting, variables: dict, workdir: Path, args: argparse.Namespace, base: bool) -> float:
+def _temperature(setting: Setting, variables: dict, workdir: Path, args: argparse.Namespace) -> float:
     """Fitted on the dev split of the run's own corpus."""
     dev = assemble.datasets(setting, variables["params"], ("dev",))["dev"]
     name = _name(args, split="dev", corpus=None, control=None)
