@@ -26,6 +26,7 @@ import tqdm
 from ambijax import agent, assemble, convert, data, journal, manifest, metrics, prompt, reasoning, sharding
 from ambijax.agent import Setting
 from ambijax.data import Dataset
+from ambijax.errors import DataError
 from ambijax.structs import Completions, Prompt
 
 
@@ -78,12 +79,22 @@ def collect(
 
 
 def read(directory: Path) -> list[dict]:
-    """The whole lines of `directory/predictions.jsonl`; none where there is no such file."""
+    """The whole lines of `directory/predictions.jsonl`; none where there is no such file.
+
+    Raises:
+      DataError: a line is not JSON; names it.
+    """
     path = directory / "predictions.jsonl"
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines, which parts reasonings at U+2028
-    return [json.loads(line) for line in lines[:-1]]  # a killed process may have cut the last one
+    lines = path.read_bytes().split(b"\n")  # not splitlines, which parts reasonings at U+2028
+    records = []
+    for number, line in enumerate(lines[:-1], 1):  # a killed process may have cut the last one
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not JSON ({error}); remove the file and evaluate again") from None
+    return records
 
 
 def _predict(

@@ -71,3 +71,7 @@ def test_other_utterances_cannot_be_compared(tmp_path):
         compare.differences([a, b], CONFIG)
     with pytest.raises(DataError, match="no predictions in"):
         compare.read([tmp_path / "c"], "test")
+    with (tmp_path / "a/eval/test/predictions.jsonl").open("a") as file:
+        file.write("{\n{")
+    with pytest.raises(DataError, match=r"predictions.jsonl:6: not JSON"):
+        compare.read([tmp_path / "a"], "test")

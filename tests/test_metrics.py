@@ -211,3 +211,12 @@ def test_floors_on_the_real_votes_of_crema_d(shared_data):
         summary = metrics.summary(p, q)
         got = [summary[key] for key in ("js", "bc", "r2", "brier", "accuracy")][: len(expected)]
         np.testing.assert_allclose(got, expected, atol=5.1e-4, err_msg=name)
+
+
+def test_what_is_resampled_has_the_means_that_are_reported():
+    each, means = metrics.per_utterance(VOTES, PREDICTED), metrics.summary(VOTES, PREDICTED)
+    assert list(each) == ["js", "bc", "r2", "brier", "accuracy"]
+    np.testing.assert_array_equal(each["accuracy"], [1, 0, 1, 0])
+    for name, values in each.items():
+        assert values.shape == (4,)
+        assert means[name] == pytest.approx(values.mean())
