@@ -13,7 +13,7 @@ from ml_collections import FrozenConfigDict
 from ambijax import checkpoint, convert, data, features, manifest, optim, peft, prompt, sharding
 from ambijax.agent import Setting
 from ambijax.corpora import synthetic
-from ambijax.errors import ConfigError
+from ambijax.errors import ConfigError, DataError
 from ambijax.model import config as model_config
 from ambijax.model import qwen2_audio
 
@@ -105,6 +105,9 @@ def datasets(setting: Setting, params: dict, names: tuple[str, ...], *, edit: Ed
     everything = corpus(setting.config)
     parts = splits(setting.config, everything)
     parts |= {name: edit(parts[name]) for name in names}
+    if not any(parts[name] for name in names):
+        split, labels = ", ".join(names), ", ".join(d.labels)
+        raise DataError(f"{everything.root}: no utterance of the {split} split has a vote on {labels}")
     live = trains_tower(setting.config)
     sounds = features.compute(
         everything,

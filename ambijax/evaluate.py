@@ -181,21 +181,13 @@ CONTROLS = {"swap_audio": canaries.swap_audio, "swap_transcript": canaries.swap_
 
 def main() -> None:
     args, rest = _parse()
-    if args.run:
-        config, workdir = settings.load(args.run), args.run
-    else:
-        config, workdir = settings.parse([sys.argv[0], *rest, f"--config.model.checkpoint={args.checkpoint}"])
-        if (workdir / "checkpoints").exists():
-            raise ConfigError(f"{workdir} holds a trained run; choose another --workdir for {args.checkpoint}")
-        check_writable(workdir)
-        settings.save(config, workdir)
+    config, asked, workdir = _settings(args, rest)
     setting = assemble.setting(config)
     with jax.set_mesh(setting.mesh):
         base = args.base or not args.run
         variables = {"params": assemble.base(setting)} if base else assemble.trained(setting, workdir)
         temperature = _temperature(setting, variables, workdir, args) if args.calibrate else None
-        if args.corpus:
-            setting = assemble.setting(on_corpus(config, manifest.read(args.corpus), args.fold))
+        setting = setting if asked is config else assemble.setting(asked)
         name, summary = _evaluate(setting, variables, workdir, args, base, temperature)
     rows = summary["bounds"] | {name: summary}
     if summary["calibrated"]:
@@ -207,6 +199,24 @@ def main() -> None:
     if args.slices:
         print("\n" + slices.table(summary["slices"]))
     print(f"written to {workdir / 'eval' / name}")
+
+
+def _settings(args: argparse.Namespace, rest: list[str]) -> tuple[FrozenConfigDict, FrozenConfigDict, Path]:
+    """The model's own settings, those it is asked under, and the directory that takes the results."""
+    if args.run:
+        config, workdir = settings.load(args.run), args.run
+    else:
+        config, workdir = settings.parse([sys.argv[0], *rest, f"--config.model.checkpoint={args.checkpoint}"])
+        if (workdir / "checkpoints").exists():
+            raise ConfigError(f"{workdir} holds a trained run; choose another --workdir for {args.checkpoint}")
+        check_writable(workdir)
+        settings.save(config, workdir)
+    if not args.corpus:
+        return config, config, workdir
+    corpus = manifest.read(args.corpus)
+    if args.run and corpus.root.resolve() == Path(config.data.root).resolve():
+        raise ConfigError(f"{args.corpus} is what {args.run} was trained on; leave --corpus out, and name a --split")
+    return config, on_corpus(config, corpus, args.fold), workdir
 
 
 def _evaluate(

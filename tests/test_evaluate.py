@@ -302,6 +302,15 @@ def test_a_mistake_is_named(arguments, message, monkeypatch):
         evaluate.main()
 
 
+def test_what_was_trained_on_is_no_other_corpus(tmp_path, monkeypatch):
+    manifest.write(manifest.Corpus(tmp_path / "own", tuple(_utterances("ab"))))
+    argv = ["x", "--config=configs/sft.py:tiny", "--workdir=unused", f"--config.data.root={tmp_path / 'own'}"]
+    settings.save(settings.parse(argv)[0], tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate", f"--run={tmp_path}", f"--corpus={tmp_path / 'own/manifest.jsonl'}"])
+    with pytest.raises(ConfigError, match="was trained on; leave --corpus out"):
+        evaluate.main()
+
+
 def _command(*arguments: str) -> subprocess.Popen:
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "ambijax.evaluate", *arguments]
