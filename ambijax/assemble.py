@@ -60,6 +60,27 @@ def base(setting: Setting) -> dict:
     )
 
 
+# Settings that may change between the parts of a run; every other one makes it another run.
+_FREE = ("mesh", "hosts", "checkpoint", "warn", "log_every", "watchdog_seconds")
+
+
+def identity(config: FrozenConfigDict) -> dict:
+    """What must not change between the parts of a run: its settings, its model to the last bit, and its corpus.
+
+    Raises:
+      ConfigError, DataError: the model or the corpus is missing or broken.
+    """
+    settings = {key: value for key, value in config.to_dict().items() if key not in _FREE}
+    settings["eval"] = {"max_clips": config.eval.max_clips}  # the longest prompt of all splits fixes the shapes
+    del settings["data"]["root"], settings["model"]["checkpoint"]  # they may move
+    return settings | {
+        "base": convert.digest(config.model.checkpoint),
+        "shape": dataclasses.asdict(model_config.load(config.model.checkpoint)),
+        "tokenizer": prompt.digest(config.model.checkpoint),
+        "corpus": manifest.digest(corpus(config)),
+    }
+
+
 def corpus(config: FrozenConfigDict) -> manifest.Corpus:
     """The configured corpus; a synthetic one is written when it is not there."""
     d = config.data

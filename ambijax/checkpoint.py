@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import flax.traverse_util
 import jax
 import numpy as np
 from absl import logging
@@ -28,6 +29,7 @@ from jax.experimental import multihost_utils
 
 from ambijax import digest
 from ambijax.errors import ConfigError, NonFiniteError
+from ambijax.workdir import check_writable
 
 TRAINED = "trained"  # the field of structs.TrainState that `load_adapters` reads
 
@@ -42,6 +44,7 @@ def check_meta(saved: dict, current: dict, where: Path) -> None:
       ConfigError: names every key that differs, with both values.
     """
     current = json.loads(json.dumps(current))  # tuples become lists, as in the file
+    saved, current = (flax.traverse_util.flatten_dict(tree, sep=".") for tree in (saved, current))
     if keys := sorted(key for key in saved | current if saved.get(key) != current.get(key)):
         both = "; ".join(
             f"{key} is {saved.get(key)!r} in the checkpoint and {current.get(key)!r} in this run" for key in keys
@@ -60,15 +63,17 @@ class Checkpoints:
         """Opens `directory` and removes what killed processes left half-written; the caller holds its `lock`.
 
         Args:
-          directory: created by the first save.
+          directory: created when it is not there.
           keep: how many of the newest checkpoints stay; the best one stays besides.
         """
         self.directory, self.keep, self.latest = directory, keep, None
         self._damaged: set[Path] = set()
+        self._found: tuple | None = None  # what `check` read and `restore` will place
         self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = concurrent.futures.Future()
         self._pending.set_result(None)
         if jax.process_index() == 0:
+            check_writable(directory)
             for path in directory.glob("*"):
                 if path.is_dir() and _STALE.fullmatch(path.name):
                     shutil.rmtree(path, ignore_errors=True)
@@ -147,6 +152,16 @@ class Checkpoints:
         for path in set(paths) - {*intact[: self.keep], _best(intact)}:
             _remove(path)
 
+    def check(self, meta: dict) -> None:
+        """Reads what `restore` will place, so that a run which cannot go on says so before anything slow is read.
+
+        Raises:
+          ConfigError: all checkpoints are damaged, `meta` differs, or an unknown format.
+        """
+        self._found = _first_intact(_steps(self.directory))
+        if self._found:
+            check_meta(self._found[1]["meta"], meta, self._found[0])
+
     def restore(self, like: Any, meta: dict) -> tuple[int, Any] | None:
         """The newest intact checkpoint, placed as `like` says; each damaged one that is newer costs one warning line.
 
@@ -160,7 +175,7 @@ class Checkpoints:
         Raises:
           ConfigError: all checkpoints are damaged; `meta`, a shape, a dtype or the tree differs; an unknown format.
         """
-        found = _first_intact(_steps(self.directory))
+        found, self._found = self._found or _first_intact(_steps(self.directory)), None
         if jax.process_count() > 1:
             step = found[1]["step"] if found else -1
             multihost_utils.assert_equal(step, f"processes see different checkpoints in {self.directory}")

@@ -13,7 +13,6 @@ import contextlib
 import itertools
 import json
 import os
-import signal
 import socket
 import sys
 import threading
@@ -26,13 +25,13 @@ import numpy as np
 from jax._src import distributed  # the key-value store that every process sees has no public name
 from jax.experimental import multihost_utils
 
-from ambijax import errors
+from ambijax import errors, signals
 
 PERIOD = 1.0  # seconds between signs of life, at most
 
+PREEMPTED = "RECEIVED_PREEMPTION_NOTICE"  # the store's key for it, set by jax's preemption service
+
 _polls = itertools.count()
-_wish = threading.Event()  # a cluster of one: somebody asked this process to leave
-_saves = threading.Event()  # and it will look at the wish after its step
 
 
 @contextlib.contextmanager
@@ -78,6 +77,7 @@ def connect(heartbeat: int, start: int) -> None:
         elif not _detected(common):
             alone = f"127.0.0.1:{_free_port()}"
             _no_proxy(alone)
+            jax.config.update("jax_enable_preemption_service", False)  # `signals` acts at once, also while XLA compiles
             jax.distributed.initialize(
                 alone, 1, 0, coordinator_bind_address=alone, cluster_detection_method="deactivate", **common
             )
@@ -86,15 +86,9 @@ def connect(heartbeat: int, start: int) -> None:
         raise errors.ConfigError(f"the processes of this run did not find each other in {start} s: {reason}") from None
     state = distributed.global_state
     if state.num_processes == 1:
-        signal.signal(signal.SIGTERM, _on_sigterm)  # acts at once, where jax's service looks each second
+        signals.catch()
     else:
         print(f"{_name()} of {state.num_processes} joined {state.coordinator_address}")
-
-
-def _on_sigterm(*_: object) -> None:
-    _wish.set()
-    if not _saves.is_set():
-        raise errors.Preempted("stopped; the same command resumes")
 
 
 def is_main() -> bool:
@@ -105,28 +99,18 @@ def is_main() -> bool:
 def leave_requested() -> bool:
     """Whether the run shall stop here; every process must ask equally often and hears yes at the same question.
 
-    It becomes true after SIGTERM to any of them, and inside `interruptible` after Ctrl-C.
+    It becomes true after SIGTERM or Ctrl-C to any of them.
     """
     if not jax.distributed.is_initialized() or distributed.global_state.num_processes == 1:
-        return _wish.is_set()
+        return signals.wanted()
     return multihost_utils.reached_preemption_sync_point(next(_polls))
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Where there is something to save: SIGTERM waits for `leave_requested`, and Ctrl-C is a SIGTERM the first time."""
-
-    def pass_on(*_: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.signal(signal.SIGINT, pass_on)
-    _saves.set()
-    try:
-        yield
-    finally:
-        _saves.clear()
-        signal.signal(signal.SIGINT, before)
+def main_says(answer: bool) -> bool:
+    """Process 0's answer, in every process: clocks differ."""
+    if jax.process_count() == 1:
+        return answer
+    return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
 
 
 def gather(rows: np.ndarray, records: list) -> list:
@@ -168,6 +152,7 @@ class _Watch:
         self._seen: dict[str, str] = {}  # the store, as last read
         self._heard = dict.fromkeys(range(state.num_processes), time.monotonic())
         self._write("who", _name())
+        signals.share(linger=2 * self.period * is_main())  # the store lives in process 0
         for job in (self._beat, self._judge):
             threading.Thread(target=job, name=f"watch{job.__name__}", daemon=True).start()
 
@@ -209,7 +194,15 @@ class _Watch:
                 if found.get(key) != self._seen.get(key) or found.get(f"ambijax/left/{process}") == "done":
                     self._heard[process] = now
             self._seen = found
+            if not signals.wanted() and self._preempted():
+                signals.ask()
             time.sleep(self.period)
+
+    def _preempted(self) -> bool:
+        try:
+            return bool(self._client.key_value_try_get(PREEMPTED))
+        except RuntimeError:  # no such key
+            return False
 
     def _judge(self) -> None:
         while True:

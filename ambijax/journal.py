@@ -1,12 +1,18 @@
-"""What a run writes down besides its checkpoints: metrics, samples, and what it ran on."""
+"""What a run writes down besides its checkpoints: metrics, samples, bad batches, and what it ran on."""
 
+import contextlib
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+from absl import logging
+
+from ambijax import hosts
+from ambijax.errors import ConfigError
 
 
 def environment() -> dict:
@@ -27,30 +33,102 @@ def commit() -> str | None:
     return found.stdout.strip() or None
 
 
+class Lines:
+    """A file of JSON lines with a step each. It grows by whole lines, whatever happens to disk or process.
+
+    A line that a full disk does not take waits in memory for the next one, so a run that finds room again has them all.
+    Process 0 writes; in the others this does nothing.
+    """
+
+    def __init__(self, path: Path, first: int) -> None:
+        """Keeps what stands there of steps before `first`; later steps are done again, damaged lines are dropped.
+
+        Raises:
+          ConfigError: the file cannot be written.
+        """
+        self._path, self._waiting, self._warned, self._file = path, b"", False, None
+        if not hosts.is_main():
+            return
+        try:
+            if path.exists():
+                self._drop(first)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror}; move it away") from None
+
+    def _drop(self, first: int) -> None:
+        partial, damaged = self._path.with_name(f".{self._path.name}.partial"), 0
+        with self._path.open("rb") as old, partial.open("wb") as kept:
+            for line in old:
+                step = _step(line)
+                damaged += step is None
+                if step is not None and step < first:
+                    kept.write(line)
+        partial.replace(self._path)
+        if damaged:
+            logging.warning("%s: %d damaged lines are dropped", self._path, damaged)
+
+    def append(self, record: dict) -> None:
+        """Writes a line; NaN and infinity, which JSON does not know, become null."""
+        if self._file is None:
+            return
+        finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
+        self._waiting += (json.dumps(finite) + "\n").encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self._warned:
+                logging.warning("cannot write %s: %s; its lines wait in memory", self._path, error.strerror)
+            self._warned = True
+
+    def sync(self) -> None:
+        """Waits until the lines are on the disk, so that no checkpoint is newer than they are."""
+        with contextlib.suppress(OSError):  # what a full disk does not take was said at the line
+            if self._file:
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+
+def _step(line: bytes) -> int | None:
+    """The step of a line, None for a damaged one."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
+
+
 class Log:
-    """metrics.jsonl and samples.jsonl of a run. On resume, lines of steps that are done again are dropped."""
+    """metrics.jsonl, samples.jsonl and bad_batches.jsonl of a run. On resume, steps done again are written again."""
 
     def __init__(self, workdir: Path, first: int) -> None:
-        self._files = {name: workdir / f"{name}.jsonl" for name in ("metrics", "samples")}
-        for path in self._files.values():
-            kept = []
-            for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
-                if line.endswith("\n") and json.loads(line)["step"] < first:
-                    kept.append(line)
-            path.write_text("".join(kept))
+        self._metrics, self._samples, self._bad = self._all = [
+            Lines(workdir / f"{name}.jsonl", first) for name in ("metrics", "samples", "bad_batches")
+        ]
 
     def __enter__(self) -> "Log":
-        self._open = {name: path.open("a", buffering=1) for name, path in self._files.items()}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self._open.values():
-            file.close()
+        for lines in self._all:
+            lines.close()
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        self._open["metrics"].write(json.dumps({"step": step, **values}) + "\n")
+        self._metrics.append({"step": step, **values})
 
     def samples(self, step: int, ids: list[str], groups: list[list[dict]]) -> None:
         """One line for each roll-out group."""
         for name, group in zip(ids, groups, strict=False):
-            self._open["samples"].write(json.dumps({"step": step, "id": name, "group": group}) + "\n")
+            self._samples.append({"step": step, "id": name, "group": group})
+
+    def bad_batch(self, step: int, ids: list[str], loss: float, gradient_norm: float) -> None:
+        """The batch of an update that was not applied."""
+        self._bad.append({"step": step, "ids": ids, "loss": loss, "gradient_norm": gradient_norm})
+
+    def sync(self) -> None:
+        for lines in self._all:
+            lines.sync()

@@ -15,6 +15,7 @@ an empty one keeps the utterance for the KL alone.
 import collections
 import csv
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -90,6 +91,7 @@ _FIELDS = {field.name: field for field in dataclasses.fields(Utterance)}
 _REQUIRED = [name for name, field in _FIELDS.items() if field.default is dataclasses.MISSING]
 _FILLED = ("id", "audio", "speaker")  # an empty one would name nothing
 _VOTES_MAX = 1e9  # more annotators than any corpus has; keeps NaN, infinity and absurd integers out
+_POINTER_MAX = 1024  # bytes; a git-lfs pointer has about 130
 _TYPES = {"fold": int, "votes": dict}  # every other field is a string
 
 
@@ -210,6 +212,43 @@ def _about(root: Path) -> tuple[Path | None, str, tuple[str, ...]]:
     if audio is not None and not audio.is_dir():
         raise ConfigError(f"{path}: audio_root {audio_root} is no directory; name the one where the audio lies now")
     return audio, description, labels
+
+
+def check_sounds(corpus: Corpus) -> None:
+    """Finds sounds that are not there, or are git-lfs pointers, without reading any.
+
+    Raises:
+      DataError: names the first and counts the others.
+    """
+    missing, pointers = [], []
+    for utterance in corpus.utterances:
+        path = corpus.path(utterance)
+        if not path.is_file():
+            missing.append(path)
+        elif path.stat().st_size < _POINTER_MAX and path.read_bytes().startswith(b"version https://git-lfs"):
+            pointers.append(path)
+    of = f"of {len(corpus.utterances)} sounds in {corpus.root}"
+    wrong = [f"{len(missing)} {of} are missing, such as {missing[0]}"] if missing else []
+    if pointers:
+        wrong.append(f"{len(pointers)} {of} are git-lfs pointers, such as {pointers[0]}; run `git lfs pull` there")
+    if wrong:
+        raise DataError("; ".join(wrong))
+
+
+def digest(corpus: Corpus) -> str:
+    """The identity of a corpus: sha256 over every field of every utterance and every byte of its sounds.
+
+    Raises:
+      DataError: a sound file is missing.
+    """
+    sha = hashlib.sha256()
+    for utterance in corpus.utterances:
+        sha.update(json.dumps(dataclasses.asdict(utterance), sort_keys=True).encode())
+        try:
+            sha.update(corpus.path(utterance).read_bytes())
+        except OSError as error:
+            raise DataError(f"{utterance.id}: cannot read {utterance.audio}: {error.strerror}") from None
+    return sha.hexdigest()
 
 
 def soft_labels(utterances: Iterable[Utterance], labels: Sequence[str]) -> np.ndarray:

@@ -13,6 +13,7 @@ Beside the records lies `origin.json`: weights, settings, utterances and version
 goes on where it was killed, at a whole batch, so that every bit is as in one go; another origin starts anew.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -196,8 +197,9 @@ def _begun(directory: Path, wanted: dict) -> list[dict]:
     """What is there of these predictions; whatever else is there is removed."""
     directory.mkdir(parents=True, exist_ok=True)
     path, text = directory / "origin.json", json.dumps(wanted, indent=1) + "\n"
-    if path.is_file() and path.read_text() == text:
-        return read(directory)
+    with contextlib.suppress(DataError):  # damaged ones are predicted anew
+        if path.is_file() and path.read_bytes() == text.encode():
+            return read(directory)
     for name in ("summary.json", "predictions.jsonl"):
         (directory / name).unlink(missing_ok=True)
     path.write_text(text)

@@ -14,6 +14,7 @@ three seconds longer to start.
 """
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,6 +124,11 @@ def load(directory: str | Path, labels: Sequence[str]) -> Vocabulary:
         anchor=tuple(tokenizer.encode(ANCHOR, add_special_tokens=False).ids),
         ends_line=np.array([text.endswith("\n") for text in texts]),
     )
+
+
+def digest(directory: str | Path) -> str:
+    """The identity of a checkpoint's tokenizer: sha256 of its file."""
+    return hashlib.sha256((Path(directory) / "tokenizer.json").read_bytes()).hexdigest()
 
 
 def assert_fits(vocabulary: Vocabulary, rows: int, audio_token: int) -> None:

@@ -90,9 +90,20 @@ class Preferences:
 
 
 @flax.struct.dataclass
+class Guard:
+    """What decides whether an update is applied, see guard.py."""
+
+    applied: Array  # int32 [], updates applied
+    skipped: Array  # int32 [], updates skipped
+    in_a_row: Array  # int32 [], updates skipped since the last applied one
+    losses: Array  # float32 [W], a ring of the losses of the last applied updates
+
+
+@flax.struct.dataclass
 class TrainState:
     """Everything that changes during training."""
 
-    step: Array  # int32 [], updates done
+    step: Array  # int32 [], steps done
     trained: dict  # variables with None where a leaf is frozen
     optimizer: tuple  # optax state
+    guard: Guard

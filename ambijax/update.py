@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import FrozenConfigDict
 
-from ambijax import optim, sharding
+from ambijax import guard, optim, sharding
 from ambijax.agent import Setting
 from ambijax.structs import TrainState
 
@@ -36,7 +36,7 @@ def start(config: FrozenConfigDict, variables: dict) -> tuple[TrainState, dict, 
     @jax.jit
     def fresh(trained: dict) -> TrainState:
         trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
-        return TrainState(jnp.int32(0), trained, optimizer.init(trained))
+        return TrainState(jnp.int32(0), trained, optimizer.init(trained), guard.start(config.guard.spike_window))
 
     where = sharding.shardings(jax.eval_shape(fresh, trained), jax.sharding.get_mesh())
     return jax.jit(fresh, out_shardings=where)(trained), frozen, optimizer
@@ -49,7 +49,7 @@ def make_update(
 
     `parts` are a batch in equal parts (`algorithms.collect`). Their gradients are formed one after another and
     averaged: the memory of one part, the update of the whole batch. (With adapter dropout other units are dropped.)
-    An update whose loss or gradient is not finite changes nothing but is counted in the metric `skipped`.
+    An update that the guard refuses changes nothing but is counted in the metrics `skipped`.
     """
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
@@ -72,10 +72,12 @@ def make_update(
         aux = {name: value.mean() for name, value in aux.items()}
         norm = optax.tree.norm(gradients)
         changes, memory = optimizer.update(gradients, state.optimizer, state.trained)
+        sigma = setting.config.guard.spike_sigma
+        apply, judged = guard.judge(state.guard, aux["loss"], norm, optax.tree.norm(changes), sigma=sigma)
         new = state.replace(trained=optax.apply_updates(state.trained, changes), optimizer=memory)
-        finite = jnp.isfinite(aux["loss"]) & jnp.isfinite(norm)
-        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-        return new, aux | {"gradient_norm": norm, "skipped": 1 - finite}
+        new = jax.tree.map(lambda after, before: jnp.where(apply, after, before), new, state).replace(guard=judged)
+        counts = {"skipped": 1 - apply, "skipped/total": judged.skipped, "skipped/in_a_row": judged.in_a_row}
+        return new, aux | {"gradient_norm": norm} | counts
 
     return update
 

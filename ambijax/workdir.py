@@ -1,4 +1,4 @@
-"""A run's directory belongs to one living process, and can be written to before any work is done."""
+"""A run's directory belongs to one living process, can be written to before any work is done, and holds whole files."""
 
 import contextlib
 import fcntl
@@ -23,6 +23,23 @@ def check_writable(directory: Path) -> None:
         raise ConfigError(f"cannot write to {directory}: {error.strerror}; choose another --workdir") from None
 
 
+def replace(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: beside its name first, then in its place.
+
+    Raises:
+      ConfigError: the disk is full or read-only, or a directory stands there.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+
+
 @contextlib.contextmanager
 def lock(directory: Path) -> Iterator[None]:
     """Holds `directory` for this process: two trainers in one directory would overwrite each other's checkpoints.
@@ -33,7 +50,11 @@ def lock(directory: Path) -> Iterator[None]:
       ConfigError: a living process holds it; names its pid and host.
     """
     check_writable(directory)
-    with (directory / "lock").open("a+") as file:
+    try:
+        file = (directory / "lock").open("a+", errors="replace")
+    except OSError as error:
+        raise ConfigError(f"cannot write {directory / 'lock'}: {error.strerror}; remove it") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -42,7 +63,8 @@ def lock(directory: Path) -> Iterator[None]:
             raise ConfigError(f"{directory} is in use by {holder}; stop it or choose another --workdir") from None
         except OSError as error:  # a network disk without locks must still be able to train
             logging.warning("cannot lock %s (%s); start only one trainer there", directory, error.strerror)
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same, it only says less
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+            file.flush()
         yield

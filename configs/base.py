@@ -71,9 +71,21 @@ def get_config(corpus: str) -> ConfigDict:
     c.readout = ConfigDict()
     c.readout.temperature = 1.0  # divides the class logits
 
+    c.guard = ConfigDict()
+    c.guard.max_skipped = 10  # updates skipped in a row that stop the run: a bad clip is one, bad settings are all
+    c.guard.spike_sigma = 0.0  # > 0 also skips losses so far above the mean; 6 is safe, 0 leaves outliers to the clip
+    c.guard.spike_window = 128  # applied updates over which mean and deviation are taken
+
+    c.warn = ConfigDict()  # a roll-out metric beyond its threshold is said once
+    c.warn.degenerate = 0.9  # above: share of groups whose rewards are all alike; they give no gradient
+    c.warn.format = 0.5  # below: format reward; the paper's runs stay above .9
+    c.warn.tokens = 16.0  # below: mean completion length; the curated ones are about 90 tokens or more
+
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 100  # steps
+    c.checkpoint.seconds = 600.0  # or so much time, whichever comes first: what a kill costs at most
     c.checkpoint.keep = 2
+    c.checkpoint.grace = 8.0  # seconds after SIGTERM for the step under way; schedulers kill after 10 to 30
 
     c.eval = ConfigDict()
     c.eval.batch_size = 16  # clips at once
@@ -85,6 +97,7 @@ def get_config(corpus: str) -> ConfigDict:
     c.eval.base = True  # also evaluate the base without adapters; a table needs that once, not in every run
 
     c.log_every = 10  # steps
+    c.watchdog_seconds = 1800.0  # a step that takes longer leaves all stacks in stacks.txt; 7B compiles in minutes
 
     variants = {"tiny": _tiny, "tiny_iemocap": _tiny_iemocap, "cremad": _cremad, "iemocap": _iemocap}
     if corpus not in variants:

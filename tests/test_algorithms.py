@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from ml_collections import FrozenConfigDict
 
-from ambijax import algorithms, audio, data, optim, prompt, settings, sharding, update
+from ambijax import algorithms, audio, data, guard, optim, prompt, settings, sharding, update
 from ambijax.agent import Setting
 from ambijax.algorithms import ALGORITHMS
 from ambijax.emotions import CREMAD
@@ -112,7 +112,7 @@ def gradient(setting: Setting, parts: tuple) -> tuple[dict, dict]:
     variables = placed(setting)
     trained, frozen = optim.split(variables, optim.labels(variables, ("lora/.*",)))
     descent = optax.sgd(1.0)
-    state = TrainState(jnp.int32(0), trained, descent.init(trained))
+    state = TrainState(jnp.int32(0), trained, descent.init(trained), guard.start(2))
     before = jax.tree.map(np.asarray, trained)
     with jax.set_mesh(setting.mesh):
         step = update.make_update(setting, ALGORITHMS[setting.config.algorithm].loss, descent, state)

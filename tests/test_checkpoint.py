@@ -19,7 +19,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ambijax import digest
+from ambijax import digest, guard
 from ambijax.checkpoint import Checkpoints, check_meta, load_adapters
 from ambijax.errors import ConfigError, NonFiniteError
 from ambijax.structs import TrainState
@@ -43,7 +43,7 @@ def make_state(step: int, devices: int = 1) -> TrainState:
     )
     variables = {"lora": lora, "params": {"w": jnp.ones(2)}}
     moments = jax.tree.map(lambda x: x + jnp.asarray(step, x.dtype), optimizer.init(variables))
-    return TrainState(jnp.int32(step), {"lora": lora, "params": {"w": None}}, moments)
+    return TrainState(jnp.int32(step), {"lora": lora, "params": {"w": None}}, moments, guard.start(4))
 
 
 def like(state: TrainState, devices: int = 1) -> TrainState:

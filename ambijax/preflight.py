@@ -1,0 +1,105 @@
+"""What can be known before any weight is read: whether a run could start, all that is wrong at once, and its plan."""
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from ml_collections import FrozenConfigDict
+
+from ambijax import assemble, convert, manifest, optim
+from ambijax.algorithms import Setting
+from ambijax.errors import AmbijaxError, ConfigError, DataError
+from ambijax.model import qwen2_audio
+from ambijax.workdir import check_writable
+
+STATE = 3  # numbers a trained parameter: itself and Adam's two moments
+
+
+def check(config: FrozenConfigDict, directory: Path, *, write: bool) -> Setting:
+    """The setting of a run, after everything was checked that needs no weights.
+
+    Args:
+      config: passed `settings.check`.
+      directory: the run's.
+      write: create a synthetic corpus that is not there.
+
+    Raises:
+      ConfigError, DataError: lists all problems of mesh, model, tokenizer, weights, corpus and disk.
+    """
+    found: list[Setting] = []
+    steps = (
+        lambda: found.append(assemble.setting(config)),
+        lambda: convert.check(config.model.checkpoint),
+        lambda: _check_corpus(config, write),
+        lambda: _check_disk(found[0], directory) if found else None,
+    )
+    wrong = [error for step in steps if (error := _error(step))]
+    if wrong:
+        kind = ConfigError if any(isinstance(error, ConfigError) for error in wrong) else DataError
+        raise kind("; ".join(dict.fromkeys(map(str, wrong))))
+    return found[0]
+
+
+def _error(step: Callable[[], None]) -> AmbijaxError | None:
+    try:
+        step()
+    except AmbijaxError as error:
+        return error
+    return None
+
+
+def _check_corpus(config: FrozenConfigDict, write: bool) -> None:
+    if write or not is_to_be_written(config):
+        corpus = assemble.corpus(config)
+        assemble.splits(config, corpus)
+        manifest.check_sounds(corpus)
+
+
+def is_to_be_written(config: FrozenConfigDict) -> bool:
+    """Whether training would write the synthetic corpus first."""
+    return config.data.corpus == "synthetic" and not Path(config.data.root).exists()
+
+
+def _check_disk(setting: Setting, directory: Path) -> None:
+    check_writable(directory)
+    need, free = checkpoint_bytes(setting), shutil.disk_usage(directory).free
+    if free < need:
+        raise ConfigError(f"{directory}: a checkpoint takes {need:,} bytes, {free:,} are free; make room")
+
+
+def trained_parameters(setting: Setting) -> int:
+    """How many numbers are trained."""
+    shapes = qwen2_audio.shapes(setting.model)
+    trained, _ = optim.split(shapes, optim.labels(shapes, setting.config.optim.train))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
+
+
+def checkpoint_bytes(setting: Setting) -> int:
+    """About how many bytes a checkpoint takes; what is trained is float32."""
+    return 4 * STATE * trained_parameters(setting)
+
+
+def plan(setting: Setting, directory: Path) -> str:
+    """What a run would do, for a person."""
+    c, shape = setting.config, setting.mesh.shape
+    if is_to_be_written(c):
+        clips, epochs = f"{c.data.speakers * c.data.clips_per_speaker} synthetic clips, to be written first", ""
+    else:
+        sizes = {name: len(part) for name, part in assemble.splits(c, assemble.corpus(c)).items()}
+        clips = ", ".join(f"{size} {name}" for name, size in sizes.items())
+        epochs = f", {c.steps * c.data.batch_size / max(1, sizes['train']):.1f} epochs"
+    size, free = checkpoint_bytes(setting) / 1e6, shutil.disk_usage(directory).free / 1e9
+    rows = {
+        "algorithm": c.algorithm,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}, data {shape['data']} x fsdp "
+        f"{shape['fsdp']} x tensor {shape['tensor']}",
+        "model": f"{c.model.checkpoint}, {c.model.dtype}",
+        "trained": f"{trained_parameters(setting):,} parameters",
+        "corpus": f"{c.data.root}: {clips}",
+        "steps": f"{c.steps} of {c.data.batch_size} prompts{epochs}",
+        "checkpoints": f"{size:,.1f} MB, every {c.checkpoint.every} steps or {c.checkpoint.seconds:g} s, the newest "
+        f"{c.checkpoint.keep} stay; {free:,.1f} GB free in {directory}",
+    }
+    return "\n".join(f"{name:<13}{text}" for name, text in rows.items())

@@ -1,0 +1,238 @@
+"""What each setting may be, and which settings contradict each other. A setting that is not listed here does not exist.
+
+The bounds say where no computation could be meant, not what is wise; values and reasons are in configs/.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.traverse_util
+
+from ambijax import reasoning
+from ambijax.corpora import synthetic
+
+
+class Rule(NamedTuple):
+    """A value is right when `holds`; else it 'must be ' `what`."""
+
+    holds: Callable[[object], bool]
+    what: str
+
+
+def _whole(least: int, most: int = 10**8) -> Rule:
+    return Rule(lambda v: type(v) is int and least <= v <= most, f"a whole number from {least} to {most}")
+
+
+def _real(least: float, most: float = 1e6) -> Rule:
+    return Rule(lambda v: type(v) in (int, float) and least <= v <= most, f"a number from {least:g} to {most:g}")
+
+
+def _one_of(*names: str) -> Rule:
+    return Rule(lambda v: isinstance(v, str) and v in names, f"one of {', '.join(names)}")
+
+
+def _list_of(holds: Callable[[object], bool], what: str, least: int = 1) -> Rule:
+    def all_hold(values: object) -> bool:
+        return isinstance(values, list | tuple) and len(values) >= least and all(map(holds, values))
+
+    return Rule(lambda v: all_hold(v) and len({*v}) == len(v), f"a list of {least} or more distinct {what}")
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and bool(value.strip())
+
+
+def _is_pattern(value: object) -> bool:
+    try:
+        return bool(re.compile(value))
+    except (re.error, TypeError, RecursionError):
+        return False
+
+
+_POSITIVE = 1e-12
+_FLAG = Rule(lambda v: isinstance(v, bool), "True or False")
+_PATH = Rule(_is_name, "a path")
+_AXIS = Rule(lambda v: type(v) is int and (v == -1 or 1 <= v <= 10**6), "a number of devices, or -1")
+
+RULES = {
+    "algorithm": _one_of("sft", "dpo", "grpo", "grpoz"),
+    "seed": _whole(0, 2**31 - 1),
+    "steps": _whole(0),  # 0 evaluates the start
+    "log_every": _whole(1),
+    "watchdog_seconds": _real(0),
+    "init_from": Rule(lambda v: v == "" or _is_name(v), "a run directory, or empty"),
+    "model.checkpoint": _PATH,
+    "model.dtype": _one_of("float32", "bfloat16"),
+    "model.remat": _one_of(  # of jax.checkpoint_policies those that take no names
+        *("everything_saveable", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"),
+    ),
+    "prompt.style": _one_of(*(style for style in reasoning.STYLES if style != "answer")),
+    "lora.rank": _whole(1, 4096),
+    "lora.alpha": _real(_POSITIVE),
+    "lora.dropout": _real(0, 0.99),
+    "lora.audio_tower": _FLAG,
+    "mesh.data": _AXIS,
+    "mesh.fsdp": _AXIS,
+    "mesh.tensor": _AXIS,
+    "hosts.heartbeat": _whole(5),  # seconds
+    "hosts.start": _whole(1),  # seconds
+    "data.corpus": _one_of("manifest", "synthetic"),
+    "data.like": _one_of(*synthetic.LIKE),
+    "data.root": _PATH,
+    "data.labels": _list_of(_is_name, "class words", least=2),
+    "data.fold": _whole(0, 1000),
+    "data.dev": _one_of("next_fold", "groups"),
+    "data.batch_size": _whole(1, 2**16),
+    "data.windows": _list_of(lambda v: type(v) is int and 2 < v <= 3000 and v % 2 == 0, "even mel lengths up to 3000"),
+    "data.max_tokens": _whole(8, 2**14),
+    "data.cot": _FLAG,
+    "data.gold_label": _one_of("argmax", "sample"),
+    "data.speakers": _whole(2, 10**5),
+    "data.clips_per_speaker": _whole(1, 10**5),
+    "data.seed": _whole(0, 2**31 - 1),
+    "optim.train": _list_of(_is_pattern, "regular expressions"),
+    "optim.learning_rate": _real(_POSITIVE, 100),
+    "optim.warmup": _real(0, 0.99),  # a fraction of the steps
+    "optim.b1": _real(0, 1 - _POSITIVE),
+    "optim.b2": _real(0, 1 - _POSITIVE),
+    "optim.eps": _real(0, 1),
+    "optim.weight_decay": _real(0),
+    "optim.clip": _real(_POSITIVE),
+    "optim.accumulate": _whole(1, 2**16),
+    "loss.lambda_ce": _real(0),
+    "loss.lambda_kl": _real(0),
+    "loss.kl_direction": _one_of("forward", "reverse"),
+    "loss.reverse_floor": _real(_POSITIVE, 1),
+    "loss.chunk": _whole(1, 2**14),
+    "readout.temperature": _real(1e-3),
+    "guard.max_skipped": _whole(1),
+    "guard.spike_sigma": _real(0),
+    "guard.spike_window": _whole(2, 10**6),
+    "warn.degenerate": _real(0, 1),
+    "warn.format": _real(0, 1),
+    "warn.tokens": _real(0),
+    "checkpoint.every": _whole(1),
+    "checkpoint.seconds": _real(0),
+    "checkpoint.keep": _whole(1, 10**6),
+    "checkpoint.grace": _real(0),
+    "eval.batch_size": _whole(1, 2**16),
+    "eval.max_clips": _whole(-1),
+    "eval.base": _FLAG,
+    "eval.resamples": _whole(1, 10**6),
+    "eval.level": _real(0.01, 0.9999),
+    "eval.cluster": _one_of("utterance", "speaker"),
+    "eval.draws": _whole(1, 10**6),
+    "dpo.samples": _whole(1, 4096),
+    "dpo.temperature": _real(1e-3),
+    "dpo.tau": _real(0, 1 - _POSITIVE),  # bits, of which JS has one at most
+    "dpo.negatives": _one_of("worst", "random", "all"),
+    "dpo.beta": _real(_POSITIVE),
+    "reward.w_js": _real(0),
+    "reward.w_fmt": _real(0),
+    "reward.format": _one_of("exact", "partial"),
+    "grpo.samples": Rule(lambda v: type(v) is int and 2 <= v <= 4096, "a whole number: a group needs at least 2"),
+    "grpo.temperature": _real(1e-3),
+    "grpo.updates": _whole(1, 1000),
+    "grpo.eps_low": _real(_POSITIVE, 1 - _POSITIVE),
+    "grpo.eps_high": _real(_POSITIVE),
+    "grpo.beta_kl": _real(0),
+    "grpo.aggregate": _one_of("sequence_mean", "token_mean", "constant_length"),
+    "grpo.scale": _one_of("std", "none"),
+    "grpo.ddof": _whole(0, 1),
+    "grpo.eps": _real(0, 1),
+    "grpo.min_std": _real(0),
+    "grpo.gold_reward": _one_of("maximal", "measured"),
+    "grpo.gold_in_loss": _FLAG,
+    "grpo.gold_ce": _real(0),
+    "grpo.gold_gamma": _real(0),
+    "grpo.gold_adv_clip": _real(_POSITIVE, math.inf),
+}
+
+# What only some runs read, and so may be absent from the others: prefix -> (key, values of it that read this).
+_READ_BY = {
+    "dpo.": ("algorithm", ("dpo",)),
+    "grpo.": ("algorithm", ("grpo", "grpoz")),
+    "reward.": ("algorithm", ("grpo", "grpoz")),
+    "data.like": ("data.corpus", ("synthetic",)),
+    "data.speakers": ("data.corpus", ("synthetic",)),
+    "data.clips_per_speaker": ("data.corpus", ("synthetic",)),
+    "data.seed": ("data.corpus", ("synthetic",)),
+}
+
+
+def problems(config: dict) -> list[str]:
+    """Everything that is wrong with the values alone, one text each; `config` is nested."""
+    flat = flax.traverse_util.flatten_dict(config, sep=".")
+    wrong = []
+    for key in flat.keys() - RULES.keys():
+        near = difflib.get_close_matches(key, RULES, 1)
+        wrong.append(f"unknown key {key}" + (f", did you mean {near[0]}?" if near else ""))
+    missing = [key for key in RULES if key not in flat and _is_read(key, flat)]
+    wrong += [f"{key} is missing" for key in missing]
+    sane = {key: value for key, value in flat.items() if key in RULES and RULES[key].holds(value)}
+    wrong += [f"{k}={v!r} must be {RULES[k].what}" for k, v in flat.items() if k in RULES and k not in sane]
+    return sorted(wrong) + _contradictions(sane)
+
+
+def _is_read(key: str, flat: dict) -> bool:
+    readers = [reader for prefix, reader in _READ_BY.items() if key.startswith(prefix)]
+    return all(flat.get(other) in values for other, values in readers)
+
+
+def _contradictions(c: dict) -> list[str]:
+    """What single values do not show; asked only where all the values that it is about are right."""
+    wrong = []
+
+    def need(keys: tuple[str, ...], holds: Callable[..., bool], message: str) -> None:
+        if all(key in c for key in keys) and not holds(*(c[key] for key in keys)):
+            wrong.append(message.format(**{key.replace(".", "_"): c[key] for key in keys}))
+
+    need(
+        ("algorithm", "lora.dropout"),
+        lambda algorithm, dropout: algorithm == "sft" or dropout == 0,
+        "lora.dropout={lora_dropout} must be 0 in RL: it would change pi between passes",
+    )
+    need(
+        ("optim.accumulate", "data.batch_size"),
+        lambda parts, size: size % parts == 0,
+        "optim.accumulate={optim_accumulate} must divide data.batch_size={data_batch_size}",
+    )
+    need(
+        ("prompt.style", "steps"),
+        lambda style, steps: style == "steps" or steps == 0,
+        "prompt.style={prompt_style!r} is for evaluation (steps=0): curated trajectories are written in 'steps'",
+    )
+    need(
+        ("algorithm", "loss.lambda_ce", "loss.lambda_kl"),
+        lambda algorithm, ce, kl: algorithm != "sft" or ce + kl > 0,
+        "loss.lambda_ce and loss.lambda_kl are both 0: nothing to learn",
+    )
+    need(
+        ("reward.w_js", "reward.w_fmt"),
+        lambda js, fmt: js + fmt > 0,
+        "reward.w_js and reward.w_fmt are both 0: no reward",
+    )
+    need(
+        ("data.corpus", "data.like", "data.fold"),
+        lambda corpus, like, fold: corpus != "synthetic" or fold < synthetic.LIKE[like].folds,
+        "data.fold={data_fold} is not one of the folds of the synthetic corpus, which count from 0 to 4",
+    )
+    on_base = "optim.train reaches base weights, but the reference policy is the base without adapters; train lora only"
+    need(
+        ("algorithm", "optim.train"),
+        lambda algorithm, train: algorithm != "dpo" or not _trains_base(train),
+        on_base,
+    )
+    need(
+        ("algorithm", "optim.train", "grpo.beta_kl"),
+        lambda algorithm, train, beta: algorithm not in ("grpo", "grpoz") or beta == 0 or not _trains_base(train),
+        on_base + ", or set grpo.beta_kl=0",
+    )
+    return wrong
+
+
+def _trains_base(patterns: tuple[str, ...]) -> bool:
+    return any(not pattern.startswith("lora") for pattern in patterns)

@@ -1,0 +1,44 @@
+"""A step that hangs says where: after `seconds` without a sign of life all stacks are written to a file."""
+
+import faulthandler
+import threading
+from pathlib import Path
+
+from absl import logging
+
+
+class Watchdog:
+    """Fed once a step. The dump itself is made by faulthandler in C, so it also works while Python stands still."""
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        """`path` is appended to, and removed at the end when nothing was written; 0 seconds is no watchdog."""
+        self._path, self._seconds = path, seconds
+        self._file = path.open("a")
+        self._timer: threading.Timer | None = None
+
+    def feed(self) -> None:
+        """Starts the time anew."""
+        self._stop()
+        if self._seconds:
+            faulthandler.dump_traceback_later(self._seconds, file=self._file)
+            self._timer = threading.Timer(self._seconds, self._say)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _say(self) -> None:
+        text = "no step has ended for %g s (watchdog_seconds); the stacks of all threads are in %s"
+        logging.warning(text, self._seconds, self._path)
+
+    def _stop(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        if self._timer:
+            self._timer.cancel()
+
+    def __enter__(self) -> "Watchdog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+        self._file.close()
+        if not self._path.stat().st_size:
+            self._path.unlink()

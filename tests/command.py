@@ -1,0 +1,115 @@
+"""The real commands on the tiny model, started as a user starts them, and how two runs are compared."""
+
+import atexit
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--config.data.speakers=5", "--config.data.clips_per_speaker=4", "--config.eval.batch_size=4"]
+# 12 training clips, batches of 4: the run crosses the epoch boundary at step 3.
+SHORT = ["--config.steps=5", "--config.data.batch_size=4", "--config.eval.max_clips=2", "--config.eval.base=False"]
+LIMIT = 300  # seconds any command may take on a busy machine
+
+needs_tiny = pytest.mark.skipif(
+    not (ROOT / "ambijax/tiny/model.safetensors").exists(), reason="the tiny model is not in this checkout"
+)
+
+
+@functools.cache
+def compiled() -> str:
+    """One cache of compiled programs for all commands of a test session: a restart then takes seconds."""
+    directory = tempfile.mkdtemp(prefix="ambijax-compiled-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
+def start(*arguments: str | Path, devices: int = 1, stdout: int | None = subprocess.PIPE) -> subprocess.Popen:
+    env = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": compiled(),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True)
+
+
+def run(*arguments: str | Path, devices: int = 1) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr."""
+    process = start(*arguments, devices=devices)
+    out, err = process.communicate(timeout=2 * LIMIT)
+    return process.returncode, out, err
+
+
+def train(workdir: Path, corpus: Path, algorithm: str, *extra: str) -> list[str | Path]:
+    """The arguments of a small training."""
+    return [
+        "ambijax.train",
+        f"--config=configs/{algorithm}.py:tiny",
+        f"--workdir={workdir}",
+        f"--config.data.root={corpus}",
+        *SMALL,
+        *extra,
+    ]
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def interrupt(arguments: list, when: Callable[[], bool], *how: signal.Signals) -> tuple[int, str, float]:
+    """Starts a command and signals it once `when()` holds; exit code, stderr, and seconds from signal to exit."""
+    process = start(*arguments, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + LIMIT
+    while time.monotonic() < deadline and process.poll() is None and not when():
+        time.sleep(0.02)
+    began = time.monotonic()
+    for signum in how:
+        process.send_signal(signum)
+        time.sleep(0.1)
+    _, err = process.communicate(timeout=LIMIT)
+    return process.returncode, err, time.monotonic() - began
+
+
+def logged(workdir: Path, steps: int) -> Callable[[], bool]:
+    """Holds once so many steps stand in metrics.jsonl."""
+    log = workdir / "metrics.jsonl"
+    return lambda: log.exists() and len(log.read_bytes().splitlines()) >= steps
+
+
+def newest(workdir: Path) -> Path:
+    """The newest checkpoint."""
+    return max((workdir / "checkpoints").glob("step_????????"))
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bit-equal adapters, optimizer and counters, equal metrics and samples."""
+    assert newest(a).name == newest(b).name
+    arrays = [json.loads((newest(workdir) / "digest.json").read_text())["arrays"] for workdir in (a, b)]
+    assert arrays[0] == arrays[1]
+    clocks = {"seconds", "clips_per_second"}
+    metrics = [
+        [{k: v for k, v in line.items() if k not in clocks} for line in lines(workdir / "metrics.jsonl")]
+        for workdir in (a, b)
+    ]
+    assert metrics[0] == metrics[1]
+    assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
+
+
+def only_message(err: str) -> str:
+    """The one line that ambijax says, beside progress bars."""
+    (line,) = [line for line in err.splitlines() if line.startswith("ambijax: ")]
+    assert "Traceback" not in err, err
+    return line
