@@ -34,15 +34,24 @@ def compiled() -> str:
     return directory
 
 
-def start(*arguments: str | Path, devices: int = 1, stdout: int | None = subprocess.PIPE) -> subprocess.Popen:
-    env = {
+def environment(devices: int = 1, **more: str) -> dict[str, str]:
+    """What a command sees of the environment."""
+    return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": compiled(),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **more,
     }
+
+
+def start(
+    *arguments: str | Path, devices: int = 1, stdout: int | None = subprocess.PIPE, **more: str
+) -> subprocess.Popen:
+    """Starts `python -m ...`; `more` are environment variables."""
     command = [sys.executable, "-m", *map(str, arguments)]
+    env = environment(devices, **more)
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
@@ -69,9 +78,11 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def interrupt(arguments: list, when: Callable[[], bool], *how: signal.Signals) -> tuple[int, str, float]:
+def interrupt(
+    arguments: list, when: Callable[[], bool], *how: signal.Signals, devices: int = 1
+) -> tuple[int, str, float]:
     """Starts a command and signals it once `when()` holds; exit code, stderr, and seconds from signal to exit."""
-    process = start(*arguments, stdout=subprocess.DEVNULL)
+    process = start(*arguments, devices=devices, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + LIMIT
     while time.monotonic() < deadline and process.poll() is None and not when():
         time.sleep(0.02)
