@@ -94,7 +94,7 @@ def record(u: manifest.Utterance, target: np.ndarray, readout: np.ndarray, hosti
 
 
 def group(u: manifest.Utterance, target: np.ndarray, step: int, hostile: str) -> dict:
-    """A group of two roll-outs and gold."""
+    """A group of two roll-outs, and gold that this prompt does not have."""
     members = [
         {
             "text": COT.format(f"roll-out{hostile}"),
@@ -106,7 +106,7 @@ def group(u: manifest.Utterance, target: np.ndarray, step: int, hostile: str) ->
         }
         for advantage in (0.7, -0.7)
     ]
-    return {"step": step, "id": u.id, "group": [*members, {"gold": True, "reward": 2.0, "advantage": 0.0}]}
+    return {"step": step, "id": u.id, "group": [*members, {"gold": True, "reward": float("nan"), "advantage": 0.0}]}
 
 
 def lines(path: Path, records: list[dict]) -> None:

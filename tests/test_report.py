@@ -4,6 +4,7 @@ import base64
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +15,17 @@ import pytest
 import scipy.spatial
 import scipy.stats
 
+from ambijax import evaluate
 from ambijax.errors import ConfigError, DataError
 from ambijax.report import runs as reading
 from tests import made_runs as runs
 
 pytest.importorskip("matplotlib", reason="the report draws with matplotlib: pip install -e '.[report]'")
 from ambijax.report import __main__ as report
+from ambijax.report import figures
 
-HOSTILE = "</script><script>window.taken = 1</script><img src=x onerror='window.taken = 1'>\u2028$\\frac$ --><!--"
+# Also a line separator, a zero byte, mathematics that is none, and the end of a comment.
+HOSTILE = "</script><script>window.taken = 1</script><img src=x onerror='window.taken = 1'>\u2028\x00$\\frac$ --><!--"
 
 
 def _write(directories, out, **options) -> str:
@@ -104,7 +108,13 @@ def test_the_page_holds_the_predictions_before_and_after(made):
     assert data["rollouts"][0]["members"][2]["gold"]
 
 
-def test_sound_is_linked_and_embedded_only_on_request(made, tmp_path):
+@pytest.fixture
+def no_figures(monkeypatch):
+    """For what is not about figures: drawing them is what takes time."""
+    monkeypatch.setattr(figures, "FIGURES", {})
+
+
+def test_sound_is_linked_and_embedded_only_on_request(made, tmp_path, no_figures):
     run, out, page = made
     for clip in _data(page)["clips"]:
         assert (out / clip["audio"]).resolve().is_file()
@@ -137,6 +147,33 @@ def test_hostile_text_cannot_leave_its_place(tmp_path):
     assert {url.split("/")[2] for url in outside} == {"www.w3.org"}  # the namespaces of SVG
 
 
+def test_half_a_character_is_replaced(made, tmp_path):
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", made[0], run], check=True)
+    records = _records(run, "test")
+    records[0] |= {"speaker": "s\ud800", "reasoning": "\ud800"}
+    runs.lines(run / "eval/test/predictions.jsonl", records)
+    assert _data(_write([run], tmp_path / "out"))["clips"][0]["predictions"][1]["text"] == "?"
+
+
+def test_a_bare_checkpoint_is_called_by_its_directory(made, tmp_path):
+    run = tmp_path / "audio_reasoner"
+    subprocess.run(["cp", "-r", made[0], run], check=True)
+    (run / "eval/test/summary.json").write_text(json.dumps({"algorithm": "base"}))
+    shutil.rmtree(run / "eval/test-base")
+    assert [s.name for s in reading.read([run], "test", None).systems] == ["audio_reasoner"]
+
+
+def test_the_table_has_the_intervals_and_bounds_of_the_evaluation(made, tmp_path, no_figures):
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", made[0], run], check=True)
+    (run / "eval/test/summary.json").write_text(json.dumps({"bounds": {"one annotator": {"js": 0.4321}}}))
+    page = _write([run], tmp_path / "out")
+    low, high = evaluate.intervals(_records(run, "test"), reading.read([run], "test", None).runs[0].config)["js"]
+    assert f"<small>{low:.3f} to {high:.3f}</small>" in page
+    assert re.search(r"one annotator</th><td>0\.432</td>", page)
+
+
 def test_the_policy_allows_one_script_one_style_and_no_connection(made):
     _, _, page = made
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
@@ -161,7 +198,7 @@ def test_several_runs_share_their_base(made, tmp_path):
     ]
 
 
-def test_without_its_corpus_a_run_is_reported_without_sound(made, tmp_path, capsys):
+def test_without_its_corpus_a_run_is_reported_without_sound(made, tmp_path, capsys, no_figures):
     run = tmp_path / "moved"
     subprocess.run(["cp", "-r", made[0], run], check=True)
     config = json.loads((run / "config.json").read_text())

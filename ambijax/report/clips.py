@@ -14,7 +14,7 @@ import numpy as np
 from ambijax import audio, manifest, metrics
 from ambijax.errors import AmbijaxError
 from ambijax.report import figures, style
-from ambijax.report.runs import Report, Run
+from ambijax.report.runs import Report, Run, finite
 
 PEAKS = 240  # columns of a waveform
 FRAMES, BANDS = 160, 40  # columns and rows of a mel picture
@@ -83,7 +83,7 @@ def _rollout(run: Run, group: dict, utterances: dict[str, manifest.Utterance]) -
     votes = utterance.votes if utterance else {}
     total = sum(votes.get(label, 0) for label in run.config.data.labels)
     return {
-        "step": group.get("step"),
+        "step": str(group.get("step")),
         "id": group["id"],
         "target": [votes.get(label, 0) / total for label in run.config.data.labels] if total else None,
         "transcript": utterance.transcript if utterance else "",
@@ -92,7 +92,10 @@ def _rollout(run: Run, group: dict, utterances: dict[str, manifest.Utterance]) -
                 "gold": bool(member.get("gold")),
                 "text": str(member.get("text", "")),
                 "readout": _rounded(member["readout"]) if "readout" in member else None,
-                **{name: member.get(name) for name in ("js", "format", "reward", "advantage")},
+                **{
+                    name: member[name] if finite(member.get(name)) else None  # NaN: there was no gold trajectory
+                    for name in ("js", "format", "reward", "advantage")
+                },
             }
             for member in group["group"]
         ],

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ambijax import metrics
+from ambijax import metrics, significance
 from ambijax.report import style
 from ambijax.report.runs import Report
 
@@ -202,7 +202,7 @@ def speakers(report: Report) -> Drawn:
         report,
         lambda record: {"": [record["speaker"]]},
         "Speakers",
-        "Mean JS to the votes of each speaker's clips (in brackets how many).",
+        "Mean JS to the votes of each speaker's clips (in brackets how many) and its bootstrap interval.",
     )
 
 
@@ -226,11 +226,11 @@ def slices(report: Report) -> Drawn:
         of,
         "Slices",
         "Mean JS to the votes by majority vote, by agreement of the annotators, by thirds of the possible entropy, and "
-        "by gender where the corpus names it (in brackets how many clips).",
+        "by gender where the corpus names it (in brackets how many clips), with bootstrap intervals.",
     )
 
 
-def _groups(report: Report, of: Callable[[dict], dict[str, list[str]]], title: str, caption: str) -> Drawn:
+def _groups(report: Report, of: Callable[[dict], dict[str, list[str]]], name: str, caption: str) -> Drawn:
     """Mean JS of each group of clips, a row a group, a mark a system; `of` maps a record to {kind: its groups}."""
     members: dict[tuple[str, str], None] = {}
     scores: dict[tuple[str, tuple[str, str]], list[float]] = {}
@@ -259,27 +259,24 @@ def _groups(report: Report, of: Callable[[dict], dict[str, list[str]]], title: s
     for i, member in enumerate(order):
         y += 1.0 + 0.7 * (i > 0 and order[i - 1][0] != member[0])
         places[member] = y
-    for member in order:
-        present = [np.mean(scores[s.name, member]) for s in report.systems if (s.name, member) in scores]
-        axes.plot([min(present), max(present)], [places[member]] * 2, color=style.LINE, linewidth=3, zorder=1)
-    rows = []
-    for system in report.systems:
-        shown = [member for member in order if (system.name, member) in scores]
-        means = [float(np.mean(scores[system.name, member])) for member in shown]
-        color = colors(report)[system.name]
-        axes.scatter(
-            means, [places[m] for m in shown], s=46, color=color, linewidth=0, label=style.short(system.name), zorder=2
-        )
-        rows += [
-            (system.name, *member, mean, len(scores[system.name, member]))
-            for member, mean in zip(shown, means, strict=True)
-        ]
+    rows, e = [], report.runs[0].config.eval
+    for place, system in enumerate(report.systems):
+        color, title = colors(report)[system.name], style.short(system.name)
+        offset = 0.18 * (place - (len(report.systems) - 1) / 2)
+        for member in order:
+            if values := scores.get((system.name, member)):
+                spread = significance.interval(np.array(values), seed=0, samples=e.resamples, level=e.level)
+                at = places[member] + offset
+                axes.plot(spread, [at, at], color=color, linewidth=1.6, alpha=0.5)
+                axes.plot(np.mean(values), at, "o", markersize=6, color=color, markeredgewidth=0, label=title)
+                rows.append((system.name, *member, float(np.mean(values)), *spread, len(values)))
+                title = None  # one line in the legend
     count = {member: max(len(scores.get((s.name, member), ())) for s in report.systems) for member in order}
     axes.set_yticks([places[m] for m in order], [f"{style.short(m[1])} ({count[m]})" for m in order])
     axes.set(xlabel="JS to the votes (bits)", xlim=(0, None), ylim=(y + 0.8, 0.2))
     style.tidy(axes, grid="x")
     _legend(figure, axes)
-    return Drawn(title, caption, figure, ("system", "kind", "group", "js", "clips"), rows)
+    return Drawn(name, caption, figure, ("system", "kind", "group", "js", "low", "high", "clips"), rows)
 
 
 def examples(report: Report) -> Drawn:

@@ -135,16 +135,25 @@ def _run(directory: Path, split: str) -> Run:
     environment = _object(directory / "env.json")
     return Run(
         directory=directory,
-        title=algorithm_title(config),
+        title=_title(directory, config, _object(summary)),
         config=config,
         environment=environment,
-        curves=[line for _, line in _lines(directory / "metrics.jsonl") if _finite(line.get("step"))],
+        curves=[_numbers(line) for _, line in _lines(directory / "metrics.jsonl") if finite(line.get("step"))],
         labels=labels,
         rollouts=_spread(directory / "samples.jsonl", len(config.data.labels)),
         after=[_prediction(line, where, k) for where, line in _lines(after)],
         before=[_prediction(line, where, k) for where, line in _lines(before)] if before.is_file() else [],
         bounds=_bounds(summary),
     )
+
+
+def _title(directory: Path, config: FrozenConfigDict, summary: dict) -> str:
+    """GRPOz; of a bare checkpoint, in which nothing was trained, the name of its directory."""
+    return directory.name if summary.get("algorithm") == "base" else algorithm_title(config)
+
+
+def _numbers(line: dict) -> dict[str, float]:
+    return {name: value for name, value in line.items() if finite(value)}
 
 
 def _labels(summary: Path, config: FrozenConfigDict) -> tuple[str, ...]:
@@ -159,7 +168,7 @@ def _bounds(summary: Path) -> dict[str, dict[str, float]]:
     """The rows of an evaluation that need no model; {} where it has none."""
     rows = _object(summary).get("bounds", {})
     if not isinstance(rows, dict) or not all(
-        isinstance(row, dict) and all(_finite(value) for value in row.values()) for row in rows.values()
+        isinstance(row, dict) and all(finite(value) for value in row.values()) for row in rows.values()
     ):
         raise DataError(f"{summary}: bounds must be rows of numbers; evaluate the run again")
     return rows
@@ -193,6 +202,8 @@ def _lines(path: Path) -> Iterator[tuple[str, dict]]:
                 raise DataError(f"{where}: not JSON ({error}); evaluate the run again") from None
             if not isinstance(record, dict):
                 raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}")
+            if "\\ud" in line:  # half a character cannot be written to any file
+                record = json.loads(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace"))
             yield where, record
 
 
@@ -202,24 +213,24 @@ def _prediction(record: dict, where: str, k: int) -> dict:
         if not isinstance(record.get(name), str):
             raise DataError(f"{where}: {name} must be text, got {record.get(name)!r:.60}; evaluate the run again")
     for name in _NUMBERS:
-        if not _finite(record.get(name)):
+        if not finite(record.get(name)):
             raise DataError(f"{where}: {name} must be a number, got {record.get(name)!r:.60}; evaluate the run again")
     for name in ("target", "readout"):
         _distribution(record.get(name), f"{where}: {name}", k)
-    if record.setdefault("js_gold") is not None and not _finite(record["js_gold"]):
+    if record.setdefault("js_gold") is not None and not finite(record["js_gold"]):
         raise DataError(f"{where}: js_gold must be a number or null, got {record['js_gold']!r:.60}")
     votes = record.get("votes")
-    if not isinstance(votes, dict) or not all(_finite(count) for count in votes.values()):
+    if not isinstance(votes, dict) or not all(finite(count) for count in votes.values()):
         raise DataError(f"{where}: votes must be counts of annotators, got {votes!r:.60}; evaluate the run again")
     return record
 
 
-def _finite(value: object) -> bool:
+def finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _distribution(value: object, what: str, k: int) -> None:
-    if not isinstance(value, list) or len(value) != k or not all(_finite(p) and p >= 0 for p in value):
+    if not isinstance(value, list) or len(value) != k or not all(finite(p) and p >= 0 for p in value):
         raise DataError(f"{what} must be {k} probabilities, got {value!r:.60}; evaluate the run again")
     if abs(sum(value) - 1) > _SUM:
         raise DataError(f"{what} sums to {sum(value):.4f}, not to one; evaluate the run again")
