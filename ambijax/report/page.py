@@ -88,9 +88,10 @@ def _lead(report: Report) -> str:
 
 def _figure(name: str, figure: figures.Drawn, svg: str) -> str:
     title, kind = html.escape(figure.title), "broad" if name in BROAD else "narrow" if name in NARROW else ""
-    files = " ".join(f'<a href="figures/{name}.{kind}">{kind.upper()}</a>' for kind in ("png", "svg", "csv"))
+    links = " ".join(f'<a href="figures/{name}.{end}">{end.upper()}</a>' for end in ("png", "svg", "csv"))
+    caption = f'{html.escape(figure.caption)} <span class="files">{links}</span>'
     return (
-        f'<figure class="{kind}"><h3>{title}</h3><figcaption>{html.escape(figure.caption)} <span class="files">{files}</span></figcaption>'
+        f'<figure class="{kind}"><h3>{title}</h3><figcaption>{caption}</figcaption>'
         f'<div class="scroll">{style.themed(svg, title)}</div></figure>'
     )
 
