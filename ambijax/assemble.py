@@ -1,13 +1,13 @@
 """Settings -> the things a command needs before its first step: mesh, model, tokenizer, weights, data."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import FrozenConfigDict
 
 from ambijax import checkpoint, convert, data, features, manifest, optim, peft, prompt, sharding
@@ -25,10 +25,22 @@ def setting(config: FrozenConfigDict) -> Setting:
       ConfigError: lists everything that does not fit.
     """
     shape = model_config.load(config.model.checkpoint)
-    mesh = sharding.make_mesh(**config.mesh)
+    devices = mesh(config, shape)
+    vocabulary = prompt.load(config.model.checkpoint, config.data.labels)
+    prompt.assert_fits(vocabulary, shape.text.vocab_size, shape.audio_token)
+    return Setting(model=model(config, shape), vocabulary=vocabulary, mesh=devices, config=config)
+
+
+def mesh(config: FrozenConfigDict, shape: model_config.Qwen2AudioConfig, devices: Sequence | None = None) -> Mesh:
+    """The configured mesh over `devices`, or all there are, when batch and model can be split over it.
+
+    Raises:
+      ConfigError: names every key that does not fit, and the nearest values that would.
+    """
+    made = sharding.make_mesh(**config.mesh, batch=config.data.batch_size, devices=devices)
     text = shape.text
     wrong = sharding.check(
-        mesh,
+        made,
         batch=config.data.batch_size,
         accumulate=config.optim.accumulate,
         heads=text.num_attention_heads,
@@ -39,15 +51,17 @@ def setting(config: FrozenConfigDict) -> Setting:
     )
     if wrong:
         raise ConfigError("mesh: " + "; ".join(wrong))
-    vocabulary = prompt.load(config.model.checkpoint, config.data.labels)
-    prompt.assert_fits(vocabulary, text.vocab_size, shape.audio_token)
-    model = qwen2_audio.Qwen2Audio(
+    return made
+
+
+def model(config: FrozenConfigDict, shape: model_config.Qwen2AudioConfig) -> qwen2_audio.Qwen2Audio:
+    """The configured model; it holds no weights."""
+    return qwen2_audio.Qwen2Audio(
         config=shape,
         lora=model_config.LoraConfig(**config.lora),
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
     )
-    return Setting(model=model, vocabulary=vocabulary, mesh=mesh, config=config)
 
 
 def base(setting: Setting) -> dict:

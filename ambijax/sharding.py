@@ -7,6 +7,9 @@
 The mesh axes are `Auto`: we place inputs and parameters, XLA places the rest.
 """
 
+import math
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -42,23 +45,43 @@ MATRICES = {
 }
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh over all devices; one axis may be -1 and takes what the others leave.
+def make_mesh(data: int, fsdp: int, tensor: int, *, batch: int = 1, devices: Sequence | None = None) -> Mesh:
+    """A mesh over `devices`, or all there are; one axis may be -1 and takes what the others leave.
+
+    With both fsdp and tensor -1, fsdp takes as much as still divides the batch, and tensor the rest.
 
     Raises:
       ConfigError: the product is not the number of devices.
     """
-    shape = [data, fsdp, tensor]
-    devices = jax.device_count()
-    rest = int(np.prod([n for n in shape if n != -1]))
-    valid = [n for n in shape if n == -1 or n > 0]
-    if len(valid) < 3 or shape.count(-1) > 1 or devices % rest or (-1 not in shape and rest != devices):
-        raise ConfigError(
-            f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} does not make {devices} devices; "
-            f"set one of them to -1 to let it take what the others leave, the others to divisors of {devices}"
-        )
-    shape = [devices // rest if n == -1 else n for n in shape]
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
+    devices = jax.devices() if devices is None else devices
+    count, shape = len(devices), [data, fsdp, tensor]
+    free = [i for i, n in enumerate(shape) if n == -1]
+    fixed = math.prod(n for n in shape if n != -1)
+    if fixed < 1 or count % fixed or free not in ([], [0], [1], [2], [1, 2]) or (not free and fixed != count):
+        given = f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} does not make {count} devices"
+        raise ConfigError(f"{given}; {_nearest_meshes(shape, count)}")
+    rest = count // fixed
+    if free == [1, 2]:
+        shape[1] = max(n for n in _divisors(rest) if batch % (data * n) == 0 or n == 1)
+        shape[2] = rest // shape[1]
+    elif free:
+        shape[free[0]] = rest
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def _nearest_meshes(shape: list[int], count: int) -> str:
+    """What to set instead: for each axis the value that would fit the other two, else how to leave it open."""
+    fits = []
+    for i, axis in enumerate(AXES):
+        others = math.prod(n for j, n in enumerate(shape) if j != i)
+        if others > 0 and count % others == 0:
+            fits.append(f"mesh.{axis}={count // others}")
+    ways = [*fits, f"-1 for one of them and divisors of {count} for the others"]
+    return "try " + " or ".join(ways)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def partition(*logical: str | None) -> PartitionSpec:

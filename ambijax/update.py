@@ -22,8 +22,22 @@ def start(config: FrozenConfigDict, variables: dict) -> tuple[TrainState, dict, 
     """
     labels = optim.labels(variables, config.optim.train)
     trained, frozen = optim.split(variables, labels)
+    optimizer = make_optimizer(config, labels)
+    made = functools.partial(fresh, config, optimizer)
+    where = sharding.shardings(jax.eval_shape(made, trained), jax.sharding.get_mesh())
+    return jax.jit(made, out_shardings=where)(trained), frozen, optimizer
+
+
+def fresh(config: FrozenConfigDict, optimizer: optax.GradientTransformation, trained: dict) -> TrainState:
+    """The state of step 0, what is trained in float32."""
+    trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
+    return TrainState(jnp.int32(0), trained, optimizer.init(trained), guard.start(config.guard.spike_window))
+
+
+def make_optimizer(config: FrozenConfigDict, labels: object) -> optax.GradientTransformation:
+    """The configured optimizer for leaves labelled by `optim.labels`."""
     o = config.optim
-    optimizer = optim.optimizer(
+    return optim.optimizer(
         learning_rate=optim.schedule(o.learning_rate, o.warmup, config.steps * updates(config)),
         b1=o.b1,
         b2=o.b2,
@@ -32,14 +46,6 @@ def start(config: FrozenConfigDict, variables: dict) -> tuple[TrainState, dict, 
         clip=o.clip,
         labels=labels,
     )
-
-    @jax.jit
-    def fresh(trained: dict) -> TrainState:
-        trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
-        return TrainState(jnp.int32(0), trained, optimizer.init(trained), guard.start(config.guard.spike_window))
-
-    where = sharding.shardings(jax.eval_shape(fresh, trained), jax.sharding.get_mesh())
-    return jax.jit(fresh, out_shardings=where)(trained), frozen, optimizer
 
 
 def make_update(

@@ -1,0 +1,272 @@
+"""Does it fit, and how fast can it go? Every program of a run, compiled ahead of time for chips you need not have.
+
+    python -m ambijax.plan --config configs/grpoz.py --topology v5e:2x4
+    python -m ambijax.plan --config configs/grpoz.py --topology v5e:2x4 --sweep       largest batch, K, length that fit
+    python -m ambijax.plan --config configs/sft.py configs/grpoz.py --topology v5e:2x4 v6e:2x2 --markdown
+    python -m ambijax.plan --config configs/grpoz.py:tiny                             for the devices of this machine
+
+A topology needs libtpu (`pip install 'ambijax[tpu]'`) and no TPU, and the plan needs no weights: of the checkpoint only
+config.json is read, and where there is none the published shape of Qwen2-Audio-7B is taken. Memory is what the compiler
+reports, time a lower bound: the slowest of arithmetic, memory and interconnect at their peak, the others hidden.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from ambijax import chips, cost, errors, planned, programs, settings
+from ambijax.algorithms import Setting
+from ambijax.errors import ConfigError
+from ambijax.model import config as model_config
+
+PUBLISHED = {  # Qwen2-Audio-7B-Instruct's config.json, as far as it differs from the defaults of its format
+    "model_type": "qwen2_audio",
+    "text_config": {"vocab_size": 156032, "intermediate_size": 11008, "rms_norm_eps": 1e-5},
+}
+TEXT = 96  # prompt tokens beside the audio: the longest prompt of CREMA-D with its instruction has 87
+SWEPT = {"sft": (), "dpo": ("dpo.samples",), "grpo": ("grpo.samples",), "grpoz": ("grpo.samples",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A configuration on a set of devices."""
+
+    config: FrozenConfigDict
+    name: str  # of the config file
+    topology: str  # '' = the devices at hand
+    window: int  # mel frames
+    text: int  # prompt tokens beside the audio
+    cache: Path
+
+
+def run(case: Case) -> dict:
+    """Compiles every program of a case, or reads what an earlier call found.
+
+    Returns:
+      JSON-ready: {"about": ..., "programs": [...]}, see `planned`.
+
+    Raises:
+      ConfigError: the mesh does not fit, the topology is unknown, libtpu is missing.
+    """
+    devices = _devices(case.topology)
+    shape, model = _shape(case.config.model.checkpoint)
+    setting = programs.setting(case.config, shape, devices)
+    chip = chips.find(devices[0].device_kind)
+    about = {
+        "config": case.name,
+        "algorithm": case.config.algorithm,
+        "topology": case.topology or "this machine",
+        "devices": len(devices),
+        "kind": devices[0].device_kind,
+        "hosts": len({d.process_index for d in devices}),
+        "chip": dataclasses.asdict(chip) if chip else None,
+        "mesh": dict(setting.mesh.shape),
+        "model": model,
+        "seconds_of_sound": case.window / 100,
+        "prompt_tokens": case.window // 4 + case.text,
+        "completion_tokens": case.config.data.max_tokens,
+        "updates": case.config.grpo.updates if case.config.algorithm in ("grpo", "grpoz") else 1,
+    }
+    with jax.set_mesh(setting.mesh):
+        found = []
+        for program in programs.programs(setting, case.window, case.text):
+            print(f"compiling {program.name} for {about['topology']}", end="\r", file=sys.stderr)
+            found.append(measure(setting, program, case.cache))
+    return {"about": about, "programs": found}
+
+
+def measure(setting: Setting, program: programs.Program, cache: Path) -> dict:
+    """What one program needs on a chip; compiled once for everything that its text, devices and versions fix."""
+    traced = program.function.trace(*program.arguments)
+    lowered = traced.lower(lowering_platforms=(setting.mesh.devices.flat[0].platform,))
+    device = setting.mesh.devices.flat[0]
+    parts = (lowered.as_text(), device.device_kind, str(setting.mesh), _versions(), str(program.beside))
+    path = cache / f"{program.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    held = _held(program)
+    found = {
+        "name": program.name,
+        "prompts": program.prompts,
+        "completions": program.completions,
+        **{name: sum(programs.bytes_a_device(tree) for tree in trees) for name, trees in held.items()},
+        "cache": programs.cache(setting, program) if program.name in ("roll-out", "evaluation") else 0,
+        "flops": cost.flops(traced.jaxpr.jaxpr, program.trips) // setting.mesh.size,
+    }
+    found["model_flops"] = _without_remat(setting, program) // setting.mesh.size or found["flops"]
+    began = time.monotonic()
+    try:
+        found |= _compiled(lowered.compile()) | {"compile_seconds": round(time.monotonic() - began, 1)}
+    except jax.errors.JaxRuntimeError as error:
+        found["needs"] = _too_large(error)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def _held(program: programs.Program) -> dict[str, list]:
+    """What lies in memory while a program runs, by what it is."""
+    held = {"weights": [], "adapters": [], "optimizer": [], "batch": []}
+    for tree in program.arguments:
+        if isinstance(tree, dict):
+            held["weights"].append(tree.get("params"))
+            held["adapters"].append(tree.get("lora"))
+        elif hasattr(tree, "optimizer"):
+            held["weights"].append(tree.trained.get("params"))
+            held["adapters"].append(tree.trained.get("lora"))
+            held["optimizer"].append(tree.optimizer)
+        else:
+            held["batch"].append(tree)
+    for name, tree in program.beside.items():
+        held[name].append(tree)
+    return held
+
+
+def _compiled(compiled: jax.stages.Compiled) -> dict:
+    memory = compiled.memory_analysis()
+    text = cost.Compiled(compiled.as_text())
+    return {
+        "temporaries": memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "traffic": text.traffic(),
+        "collectives": [dataclasses.asdict(c) for c in text.collectives()],
+    }
+
+
+def _without_remat(setting: Setting, program: programs.Program) -> int:
+    """FLOPs of an update that recomputes nothing: what the mathematics needs. 0 for a program without gradients."""
+    if program.name != "update":
+        return 0
+    plain = dataclasses.replace(setting, model=setting.model.clone(remat="everything_saveable"))
+    again = programs.update_program(plain, program.arguments)
+    return cost.flops(again.function.trace(*again.arguments).jaxpr.jaxpr, 1)
+
+
+def _too_large(error: Exception) -> int:
+    """Bytes that the compiler says it would need."""
+    match = re.search(r"(?:required for[^(]*\(|Used )([\d.]+)([KMG])", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or not match:
+        raise error
+    return int(float(match.group(1)) * {"K": 2**10, "M": 2**20, "G": 2**30}[match.group(2)])
+
+
+def _versions() -> str:
+    names = ("jax", "jaxlib", "libtpu")
+    found = {name: _version(name) for name in names}
+    return json.dumps(found)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _shape(checkpoint: str) -> tuple[model_config.Qwen2AudioConfig, str]:
+    """The model's shape, and where it is from."""
+    if Path(checkpoint).is_dir():
+        return model_config.load(checkpoint), str(checkpoint)
+    return model_config.from_dict(PUBLISHED), "Qwen2-Audio-7B as published"
+
+
+def _devices(topology: str) -> list[jax.Device]:
+    """The devices of a topology such as 'v5e:2x4', or those of this machine.
+
+    Raises:
+      ConfigError: no such topology, or no libtpu.
+    """
+    if not topology:
+        return jax.devices()
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for the TPU of this machine
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # whatever libtpu throws; its first line says what it wanted
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"--topology={topology}: {reason}; names look like v5e:2x4, v6e:2x2, v5p:2x2x1, and need libtpu: "
+            "pip install 'ambijax[tpu]'"
+        ) from None
+
+
+def sweep(case: Case) -> Iterator[tuple[str, int, str]]:
+    """For batch, K and completion length: the largest power-of-two multiple of the configured value that fits.
+
+    Yields:
+      key, its largest value, and what ended the search.
+    """
+    for key in ("data.batch_size", *SWEPT[case.config.algorithm], "data.max_tokens"):
+        value = largest = 0
+        while True:
+            value = 2 * value or _get(case.config, key)
+            result = run(dataclasses.replace(case, config=_set(case.config, key, value)))
+            tight = [p for p in result["programs"] if planned.spare(p, result["about"]) < 0]
+            if tight:
+                yield key, largest, f"{value} does not fit in {tight[0]['name']}"
+                break
+            largest = value
+
+
+def _get(config: FrozenConfigDict, key: str) -> int:
+    section, name = key.split(".")
+    return config[section][name]
+
+
+def _set(config: FrozenConfigDict, key: str, value: int) -> FrozenConfigDict:
+    section, name = key.split(".")
+    changed = ConfigDict(config.to_dict())
+    changed[section][name] = value
+    return FrozenConfigDict(changed)
+
+
+def main() -> None:
+    args, overrides = _parse()
+    results = []
+    for file in args.config:
+        config, _ = settings.parse([sys.argv[0], f"--config={file}", "--workdir=unused", *overrides])
+        window = args.window or max(config.data.windows)
+        for topology in args.topology:
+            case = Case(config, file, topology, window, args.text, args.cache)
+            results.append(run(case))
+            if args.sweep:
+                if results[-1]["about"]["chip"] is None:
+                    raise ConfigError(f"--sweep needs a chip of known memory, not {results[-1]['about']['kind']}")
+                for key, value, why in sweep(case):
+                    print(f"{file} on {topology}: {key} up to {value}; {why}")
+    command = " ".join(["python -m ambijax.plan", *sys.argv[1:]])
+    print(planned.markdown(results, command) if args.markdown else planned.text(results))
+
+
+def _parse() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m ambijax.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", nargs="+", required=True, help="FILE[:VARIANT] ...; --config.KEY=VALUE changes keys"
+    )
+    parser.add_argument("--topology", nargs="+", default=[""], help="such as v5e:2x4; default: this machine's devices")
+    parser.add_argument("--window", type=int, default=0, help="mel frames (10 ms) of the clips; default: the largest")
+    parser.add_argument("--text", type=int, default=TEXT, help=f"prompt tokens beside the audio, default {TEXT}")
+    parser.add_argument("--sweep", action="store_true", help="the largest batch, K and length that fit")
+    parser.add_argument("--markdown", action="store_true", help="print a document instead of plain tables")
+    parser.add_argument("--cache", type=Path, default=Path("runs/plan"), help="where compiled figures are kept")
+    overrides = [a for a in sys.argv[1:] if a.startswith("--config.")]
+    return parser.parse_args([a for a in sys.argv[1:] if not a.startswith("--config.")]), overrides
+
+
+if __name__ == "__main__":
+    errors.run(main)

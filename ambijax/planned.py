@@ -1,0 +1,165 @@
+"""A plan in words and tables: does it fit, which key to change, how fast it can go.
+
+A plan is what `plan.run` returns. Each program in it has, in bytes a chip: weights, adapters, optimizer, batch, cache,
+temporaries (the cache lies in them), results, traffic; FLOPs a chip; and its collectives. One that is too large to be
+compiled has only `needs`.
+"""
+
+from ambijax import chips
+
+GIB = 2**30
+KEYS = {  # program -> what makes it smaller, the best first
+    "encode": ("mesh.fsdp and mesh.tensor (more chips)",),
+    "roll-out": ("grpo.samples or dpo.samples", "data.max_tokens", "data.batch_size"),
+    "reference": ("data.batch_size", "loss.chunk", "data.max_tokens"),
+    "update": ("data.batch_size", "loss.chunk", "grpo.samples"),
+    "evaluation": ("eval.batch_size", "data.max_tokens"),
+}
+
+
+def total(program: dict) -> int:
+    """Bytes a chip while the program runs."""
+    if "needs" in program:
+        return program["needs"]
+    parts = ("weights", "adapters", "optimizer", "batch", "temporaries", "results")
+    return sum(program[part] for part in parts)
+
+
+def spare(program: dict, about: dict) -> float:
+    """Bytes a chip that are left; negative when it does not fit, infinite where the chip's memory is not known."""
+    return about["chip"]["memory"] - total(program) if about["chip"] else float("inf")
+
+
+def verdict(program: dict, about: dict) -> str:
+    """'fits with x GiB to spare', or what to change."""
+    left = spare(program, about)
+    if left == float("inf"):
+        return "memory of this device is not in the table"
+    if left >= 0:
+        return f"fits with {left / GIB:.1f} GiB to spare"
+    held = program["weights"] + program["adapters"] + program["optimizer"]
+    if held > about["chip"]["memory"] / 2:
+        way = "use more chips, or a larger mesh.fsdp x mesh.tensor: they split the weights"
+    else:
+        way = "lower " + ", then ".join(KEYS[program["name"]])
+    return f"needs {-left / GIB:.1f} GiB more: {way}"
+
+
+def roofline(program: dict, about: dict) -> chips.Roofline | None:
+    """The least time of a program; None where the chip is unknown or the program too large."""
+    if about["chip"] is None or "needs" in program:
+        return None
+    wire = sum(c["wire"] for c in program["collectives"])
+    return chips.roofline(chips.Chip(**about["chip"]), flops=program["flops"], traffic=program["traffic"], wire=wire)
+
+
+def mfu(program: dict, about: dict) -> float:
+    """Useful FLOPs, recomputation not among them, over what the chip could do in the roofline's time."""
+    return program["model_flops"] / about["chip"]["flops"] / roofline(program, about).seconds
+
+
+def step(result: dict) -> dict | None:
+    """One training step: seconds, useful share of the peak, what takes longest; None without a roofline."""
+    about = result["about"]
+    times = {"roll-out": 1, "reference": 1, "update": about["updates"]}
+    parts = [(p, times[p["name"]]) for p in result["programs"] if p["name"] in times]
+    if any(roofline(p, about) is None for p, _ in parts):
+        return None
+    seconds = sum(n * roofline(p, about).seconds for p, n in parts)
+    useful = sum(n * p["model_flops"] for p, n in parts)
+    slowest = max(parts, key=lambda part: part[1] * roofline(part[0], about).seconds)[0]
+    prompts = next(p["prompts"] for p in result["programs"] if p["name"] == "update")
+    price = about["chip"]["dollars"]
+    return {
+        "seconds": seconds,
+        "mfu": useful / about["chip"]["flops"] / seconds,
+        "slowest": f"{slowest['name']}, {roofline(slowest, about).bound}",
+        "clips_a_second": prompts / seconds,
+        "dollars": price * about["devices"] * seconds * 1000 / 3600 if price else None,
+    }
+
+
+def title(about: dict) -> str:
+    mesh = " x ".join(f"{axis} {n}" for axis, n in about["mesh"].items())
+    chip = about["chip"]["name"] if about["chip"] else about["kind"]
+    return f"{about['config']} on {about['topology']}: {about['devices']} x {chip}, mesh {mesh}"
+
+
+def shape(about: dict) -> str:
+    return (
+        f"{about['model']}; {about['prompt_tokens']} prompt tokens ({about['seconds_of_sound']:g} s of sound), "
+        f"{about['completion_tokens']} completion tokens"
+    )
+
+
+def memory_rows(result: dict) -> list[list[str]]:
+    """Per chip, GiB."""
+    names = ("weights", "adapters", "optimizer", "batch", "cache")
+    rows = [["GiB a chip", *names, "temporaries", "total", "verdict"]]
+    for p in result["programs"]:
+        parts = [f"{p[name] / GIB:.2f}" for name in names]
+        rest = "" if "needs" in p else f"{(p['temporaries'] + p['results'] - p['cache']) / GIB:.2f}"
+        what = f"{p['name']} {p['prompts']}" + f" x {p['completions']}" * (p["completions"] > 0)
+        rows.append([what, *parts, rest, f"{total(p) / GIB:.2f}", verdict(p, result["about"])])
+    return rows
+
+
+def speed_rows(result: dict) -> list[list[str]]:
+    """Per chip and call."""
+    rows = [["a chip and call", "TFLOP", "useful", "memory GB", "collectives: count, GB", "least time", "bound", "MFU"]]
+    for p in result["programs"]:
+        if "needs" in p:
+            continue
+        line = roofline(p, result["about"])
+        each = ", ".join(f"{c['kind']} {c['count']:,}: {c['payload'] / 1e9:.2f}" for c in p["collectives"])
+        cells = [
+            f"{p['flops'] / 1e12:.2f}",
+            f"{p['model_flops'] / 1e12:.2f}",
+            f"{p['traffic'] / 1e9:.1f}",
+            each or "none",
+        ]
+        time = [_time(line.seconds), line.bound, f"{mfu(p, result['about']):.0%}"] if line else ["", "", ""]
+        rows.append([p["name"], *cells, *time])
+    return rows
+
+
+def summary(result: dict) -> str:
+    """One line about the training step."""
+    if (found := step(result)) is None:
+        return ""
+    cost = f", {found['dollars']:.2f} $ per 1,000 steps" if found["dollars"] else ""
+    return (
+        f"a step takes at least {_time(found['seconds'])} ({found['slowest']} bound): "
+        f"at most {found['clips_a_second']:.1f} clips/s and {found['mfu']:.0%} MFU{cost}"
+    )
+
+
+def text(results: list[dict]) -> str:
+    """Plans for a terminal."""
+    lines = []
+    for result in results:
+        lines += ["", title(result["about"]), shape(result["about"]), ""]
+        lines += [*_aligned(memory_rows(result)), "", *_aligned(speed_rows(result)), "", summary(result)]
+    return "\n".join(lines)
+
+
+def markdown(results: list[dict], command: str) -> str:
+    """Plans as a document; `command` made it."""
+    lines = ["# The plan for the default configurations", "", f"Made by `{command}`.", ""]
+    lines += [__doc__.split("\n\n", 1)[1].strip(), ""]
+    for result in results:
+        lines += [f"## {title(result['about'])}", "", shape(result["about"]) + ".", ""]
+        for rows in (memory_rows(result), speed_rows(result)):
+            lines += ["| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
+            lines.append("")
+        lines += [summary(result).capitalize() + ".", ""] * bool(summary(result))
+    return "\n".join(lines).rstrip()
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"

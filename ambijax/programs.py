@@ -1,0 +1,206 @@
+"""The programs that a run compiles, with the shapes and shardings of their arguments and no array behind them.
+
+What is planned is what runs: each program is traced through the functions that training and evaluation call.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import FrozenConfigDict
+
+from ambijax import assemble, features, optim, prompt, sharding, update
+from ambijax.algorithms import ALGORITHMS, Setting
+from ambijax.model import qwen2_audio
+from ambijax.model.config import Qwen2AudioConfig
+from ambijax.structs import Batch, Completions, Group, Preferences, Prompt, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled step of a run."""
+
+    name: str  # encode | roll-out | reference | update | evaluation
+    function: Callable
+    arguments: tuple  # pytrees of ShapeDtypeStruct
+    trips: int  # most iterations of a loop whose end depends on the data: tokens of a roll-out
+    prompts: int  # B
+    completions: int  # G to each
+    beside: dict  # what else lies in memory meanwhile: name -> pytree of ShapeDtypeStruct
+
+
+def variables(setting: Setting) -> dict:
+    """{'params', 'lora'} as a run holds them: base weights in model.dtype, adapters in float32, each in its shards."""
+    shapes = dict(qwen2_audio.shapes(setting.model))
+    shapes["params"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, setting.model.dtype), shapes["params"])
+    return _in_shards(shapes, setting.mesh)
+
+
+def state(setting: Setting) -> tuple[TrainState, dict, object]:
+    """The training state, what is frozen, and the optimizer."""
+    both = variables(setting)
+    labels = optim.labels(both, setting.config.optim.train)
+    trained, frozen = optim.split(both, labels)
+    optimizer = update.make_optimizer(setting.config, labels)
+    fresh = jax.eval_shape(functools.partial(update.fresh, setting.config, optimizer), trained)
+    return _in_shards(fresh, setting.mesh), frozen, optimizer
+
+
+def setting(config: FrozenConfigDict, shape: Qwen2AudioConfig, devices: list | None) -> Setting:
+    """A run's setting without a tokenizer: token ids are constants of a program and change none of its figures."""
+    mesh = assemble.mesh(config, shape, devices)
+    words = tuple((i,) for i in range(len(config.data.labels)))
+    rows = np.zeros(shape.text.vocab_size, bool)
+    labels = tuple(config.data.labels)
+    ids = prompt.Vocabulary(None, 0, 1, shape.audio_token, 3, 4, 5, labels, words, (6,), (7, 8, 9), rows)
+    return Setting(model=assemble.model(config, shape), vocabulary=ids, mesh=mesh, config=config)
+
+
+def programs(setting: Setting, window: int, text: int) -> Iterator[Program]:
+    """Every step kind of the configured run.
+
+    Args:
+      setting: from `setting` above.
+      window: mel frames of the clips.
+      text: prompt tokens beside the audio.
+    """
+    c = setting.config
+    rows = functools.partial(_rows, setting.mesh)
+    both = variables(setting)
+    whole, frozen, _ = state(setting)
+    beside = {"optimizer": whole.optimizer}
+    shapes = functools.partial(_prompt, setting, rows, window, text)
+    asked = shapes(c.data.batch_size)
+    key = _everywhere(jax.eval_shape(lambda: jax.random.key(0)), setting.mesh)
+
+    yield _encode(setting, rows, both, window, beside)
+    how = {"dpo": "dpo", "grpo": "grpo", "grpoz": "grpo"}.get(c.algorithm)
+    if how:
+        samples, temperature = c[how].samples, c[how].temperature
+        yield Program(
+            "roll-out",
+            jax.jit(lambda v, p, k: setting.rollout(v, p, k, samples, temperature)),
+            (both, asked, key),
+            c.data.max_tokens,
+            c.data.batch_size,
+            samples,
+            beside,
+        )
+    collected = _collected(setting, rows, asked)
+    given = collected.gold if isinstance(collected, Batch) else collected.completions
+    members = given.tokens.shape[1]
+    if c.algorithm == "dpo" or (how == "grpo" and c.grpo.beta_kl > 0):
+        yield Program(
+            "reference",
+            jax.jit(lambda v, p, g: setting.score(v, p, g, {})),
+            ({"params": both["params"]}, asked, given),
+            1,
+            c.data.batch_size,
+            members,
+            {"adapters": both["lora"], **beside},
+        )
+    yield update_program(setting, (whole, frozen, collected, key))
+    size = sharding.round_up(c.eval.batch_size, setting.mesh)
+    yield Program(
+        "evaluation",
+        jax.jit(lambda v, p, k: setting.rollout(v, p, k, 1, 0.0)),
+        (both, shapes(size), key),
+        c.data.max_tokens,
+        size,
+        1,
+        beside,
+    )
+
+
+def update_program(setting: Setting, arguments: tuple) -> Program:
+    """The optimisation step on (state, frozen, collected, key)."""
+    whole, _, optimizer = state(setting)
+    collected = arguments[2]
+    b, g, _ = (collected.gold if isinstance(collected, Batch) else collected.completions).tokens.shape
+    step = update.make_update(setting, ALGORITHMS[setting.config.algorithm].loss, optimizer, whole)
+    return Program("update", step, arguments, 1, b, g, {})
+
+
+def cache(setting: Setting, program: Program) -> int:
+    """Bytes a device of the keys and values of a roll-out: prompts once, completions for themselves."""
+    text, mesh = setting.model.config.text, setting.mesh
+    asked = next(a for a in program.arguments if isinstance(a, Prompt))
+    tokens = program.prompts * (asked.tokens.shape[1] + program.completions * setting.config.data.max_tokens)
+    a_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * setting.model.dtype.itemsize
+    return tokens * a_token // mesh.size
+
+
+def bytes_a_device(tree: object) -> int:
+    """Bytes of a pytree of ShapeDtypeStruct on one device of its mesh."""
+    leaves = [x for x in jax.tree.leaves(tree) if x is not None]
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * _itemsize(x.dtype) for x in leaves)
+
+
+def _encode(setting: Setting, rows: Callable, both: dict, window: int, beside: dict) -> Program:
+    size = sharding.round_up(features.CLIPS, setting.mesh)
+    bins = setting.model.config.audio.num_mel_bins
+    mel, frames = rows((size, window, bins), jnp.float32), rows((size,), jnp.int32)
+    encode = jax.jit(lambda v, m, f: setting.model.apply(v, m, f, method="encode"))
+    return Program("encode", encode, ({"params": both["params"]}, mel, frames), 1, size, 0, beside)
+
+
+def _prompt(setting: Setting, rows: Callable, window: int, text: int, size: int) -> Prompt:
+    p = window // 4 + text
+    if assemble.trains_tower(setting.config):
+        bins = setting.model.config.audio.num_mel_bins
+        heard = {"mel": rows((size, window, bins), jnp.float32), "frames": rows((size,), jnp.int32)}
+    else:
+        heard = {"audio": rows((size, window // 4, setting.model.config.text.hidden_size), setting.model.dtype)}
+    return Prompt(rows((size, p), jnp.int32), rows((size, p), bool), rows((size,), jnp.int32), **heard)
+
+
+def _collected(setting: Setting, rows: Callable, asked: Prompt) -> Batch | Preferences | Group:
+    """What the update of the configured algorithm gets."""
+    c = setting.config
+    b, t, k = c.data.batch_size, c.data.max_tokens, len(c.data.labels)
+
+    def given(g: int) -> Completions:
+        return Completions(rows((b, g, t), jnp.int32), rows((b, g, t), bool), rows((b, g), jnp.int32))
+
+    target = rows((b, k), jnp.float32)
+    if c.algorithm == "sft":
+        return Batch(asked, given(1), rows((b, 1, t), bool), target)
+    if c.algorithm == "dpo":
+        r = c.dpo.samples if c.dpo.negatives == "all" else 1
+        logp = rows((b, 1 + r, t), jnp.float32)
+        return Preferences(asked, given(1 + r), rows((b, 1, t), bool), rows((b, r), bool), logp, target)
+    g = c.grpo.samples + (c.algorithm == "grpoz")
+    logp = rows((b, g, t), jnp.float32)
+    return Group(
+        prompt=asked,
+        completions=given(g),
+        loss_mask=rows((b, g, t), bool),
+        tokens=rows((b,), jnp.float32),
+        ce_mask=rows((b, 1, t), bool),
+        advantages=rows((b, g), jnp.float32),
+        logp_old=logp,
+        logp_ref=logp,
+        sampled=rows((b, g), bool),
+        target=target,
+    )
+
+
+def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: object) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, sharding.partition("batch")))
+
+
+def _everywhere(x: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def _in_shards(tree: object, mesh: Mesh) -> object:
+    where = sharding.shardings(tree, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, where)
+
+
+def _itemsize(dtype: object) -> int:
+    return 4 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).itemsize

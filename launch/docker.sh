@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# A container on this machine.
+#
+#   launch/docker.sh build | run | stop       [--config.KEY=VALUE ...]
+#
+# Needs RUN_ID and IMAGE; run: CONFIG RUNS (a directory) CHECKPOINT (a directory; optional for :tiny). EXTRA=cuda builds
+# for GPUs, GPUS=all gives them to the run. stop waits two minutes for the checkpoint. DRY_RUN=1 only prints.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/common.sh
+action=${1:-}
+shift || true
+need IMAGE RUN_ID
+valid_run_id
+
+case $action in
+  build) run docker build -f launch/Dockerfile --build-arg EXTRA="${EXTRA:-}" -t "$IMAGE" . ;;
+  run)
+    need CONFIG RUNS
+    mounts=(-v "$RUNS:/runs")
+    flags=()
+    if [ -n "${CHECKPOINT:-}" ]; then
+      mounts+=(-v "$CHECKPOINT:/checkpoint:ro")
+      flags=(--config.model.checkpoint=/checkpoint)
+    fi
+    run docker run --rm --name "$RUN_ID" --stop-timeout 120 ${GPUS:+--gpus "$GPUS"} --user "$(id -u):$(id -g)" \
+      "${mounts[@]}" "$IMAGE" --config="$CONFIG" --workdir="/runs/$RUN_ID" ${flags[@]+"${flags[@]}"} "$@" ;;
+  stop) run docker stop --time 120 "$RUN_ID" ;;
+  *) echo "usage: $0 build|run|stop" >&2; exit 2 ;;
+esac

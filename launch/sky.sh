@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# SkyPilot: launches launch/sky.yaml as a managed job, which comes back by itself after a preemption.
+#
+#   launch/sky.sh launch | status | logs | cancel
+#
+# Needs RUN_ID; launch: CONFIG BUCKET (s3://... or gs://...). DRY_RUN=1 only prints.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/common.sh
+need RUN_ID
+valid_run_id
+
+case ${1:-} in
+  launch)
+    need CONFIG BUCKET
+    if [ -z "${DRY_RUN:-}" ] && sky jobs queue --skip-finished 2>/dev/null | grep -qw -- "$RUN_ID"; then
+      echo "$RUN_ID runs already" >&2
+      exit 0
+    fi
+    run sky jobs launch launch/sky.yaml --name "$RUN_ID" --env RUN_ID="$RUN_ID" --env CONFIG="$CONFIG" \
+      --env BUCKET="$BUCKET" --detach-run --yes ;;
+  status) run sky jobs queue ;;
+  logs) run sky jobs logs --name "$RUN_ID" ;;
+  cancel) run sky jobs cancel --name "$RUN_ID" --yes ;;
+  *) echo "usage: $0 launch|status|logs|cancel" >&2; exit 2 ;;
+esac

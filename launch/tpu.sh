@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# TPU VMs through queued resources.
+#
+#   launch/tpu.sh create | setup | run | logs | status | babysit | delete      [--config.KEY=VALUE ...]
+#
+# create   asks for the slice; nothing happens when it is there already
+# setup    on every host: this repository at REVISION, its packages, BUCKET mounted at ~/runs
+# run      starts training on every host; nothing happens while it runs
+# babysit  all of the above, and again after every preemption, until the run ends by itself
+#
+# Needs PROJECT ZONE ACCELERATOR (v5litepod-8) RUNTIME (v2-alpha-tpuv5-lite) RUN_ID; setup: REPOSITORY REVISION BUCKET;
+# run: CONFIG CHECKPOINT. SPOT=1 for preemptible chips. BUCKET should have a hierarchical namespace: renaming a
+# directory is atomic there. Credentials are those of the hosts' service account. DRY_RUN=1 only prints.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/common.sh
+action=${1:-}
+shift || true
+need PROJECT ZONE RUN_ID
+valid_run_id
+where=(--project="$PROJECT" --zone="$ZONE")
+queued=(gcloud compute tpus queued-resources)
+
+# on WORKER COMMAND: runs a command on worker 0, or on all.
+on() { run gcloud compute tpus tpu-vm ssh "$RUN_ID" "${where[@]}" --worker="$1" --command="$2"; }
+
+state() { "${queued[@]}" describe "$RUN_ID" "${where[@]}" --format='value(state.state)' 2>/dev/null || echo ABSENT; }
+
+create() {
+  need ACCELERATOR RUNTIME
+  [ -z "${DRY_RUN:-}" ] && [ "$(state)" != ABSENT ] && { echo "$RUN_ID is there: $(state)" >&2; return; }
+  run "${queued[@]}" create "$RUN_ID" --node-id="$RUN_ID" "${where[@]}" \
+    --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME" ${SPOT:+--spot}
+}
+
+setup() {
+  need REPOSITORY REVISION BUCKET
+  on all "set -e
+    [ -d ambijax ] || git clone -q $(printf %q "$REPOSITORY") ambijax
+    cd ambijax && git fetch -q && git checkout -q $(printf %q "$REVISION")
+    [ -d .venv ] || python3 -m venv .venv
+    .venv/bin/pip install -q -e '.[tpu]'
+    mkdir -p ~/runs
+    mountpoint -q ~/runs || gcsfuse --implicit-dirs $(printf %q "$BUCKET") ~/runs"
+}
+
+start() {
+  need CONFIG CHECKPOINT
+  local train
+  train=$(printf '%q ' .venv/bin/python -m ambijax.train --config="$CONFIG" \
+    --config.model.checkpoint="$CHECKPOINT" "$@")
+  # The shell that waits for training writes its exit code beside the log.
+  on all "cd ambijax
+    if [ -f ../$RUN_ID.pid ] && kill -0 \$(cat ../$RUN_ID.pid) 2>/dev/null; then echo runs already; exit 0; fi
+    rm -f ../$RUN_ID.exit
+    nohup bash -c '$train --workdir=\$HOME/runs/$RUN_ID & child=\$!
+      trap \"kill -TERM \$child\" TERM
+      while :; do code=0; wait \$child || code=\$?; kill -0 \$child 2>/dev/null || break; done
+      echo \$code > ../$RUN_ID.exit' >> ../$RUN_ID.log 2>&1 < /dev/null &
+    echo \$! > ../$RUN_ID.pid"
+}
+
+# How training ended on worker 0: its exit code, 'running', or 'lost' when the host does not answer or knows nothing.
+ended() {
+  gcloud compute tpus tpu-vm ssh "$RUN_ID" "${where[@]}" --worker=0 --command="
+    if [ -f $RUN_ID.exit ]; then cat $RUN_ID.exit
+    elif [ -f $RUN_ID.pid ] && kill -0 \$(cat $RUN_ID.pid) 2>/dev/null; then echo running; else echo lost; fi" \
+    2>/dev/null || echo lost
+}
+
+delete() {
+  [ -z "${DRY_RUN:-}" ] && [ "$(state)" = ABSENT ] && return
+  run "${queued[@]}" delete "$RUN_ID" "${where[@]}" --force --quiet
+}
+
+babysit() {
+  need ACCELERATOR RUNTIME REPOSITORY REVISION BUCKET CONFIG CHECKPOINT
+  if [ -n "${DRY_RUN:-}" ]; then create; setup; start "$@"; delete; return; fi
+  while :; do
+    case $(state) in
+      ABSENT) create ;;
+      SUSPENDED | FAILED) delete ;; # preempted, or never granted
+      ACTIVE)
+        case $(ended) in
+          running) ;;
+          lost | 75) setup && start "$@" || echo "the slice is leaving; waiting for its state" >&2 ;;
+          0) echo "$RUN_ID is done" >&2; delete; return ;;
+          *) echo "$RUN_ID stopped with exit code $(ended): see $0 logs" >&2; return 1 ;;
+        esac ;;
+    esac
+    sleep "${INTERVAL:-60}"
+  done
+}
+
+case $action in
+  create | setup | delete | babysit) "$action" "$@" ;;
+  run) start "$@" ;;
+  logs) on 0 "tail -n 100 -f $RUN_ID.log" ;;
+  status) echo "slice $(state), training $(ended)" ;;
+  *) echo "usage: $0 create|setup|run|logs|status|babysit|delete" >&2; exit 2 ;;
+esac

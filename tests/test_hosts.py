@@ -1,0 +1,185 @@
+"""Several processes on the loopback give the run of one process, leave together, and name whoever is lost."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ambijax import hosts
+from ambijax.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+HEARTBEAT = 6  # seconds
+
+# A run of a few seconds: whatever jax.distributed does, without a model.
+STEPS = """
+import sys, time
+import jax, numpy as np
+from jax.experimental import multihost_utils
+from ambijax import errors, hosts
+
+def main():
+    with hosts.cluster(heartbeat={heartbeat}, start=60), hosts.interruptible():
+        assert hosts.from_main([jax.process_index(), "ü"]) == [0, "ü"]
+        for step in range(600):
+            total = multihost_utils.process_allgather(np.int32(1)).sum()
+            assert total == jax.process_count()
+            print("step", step, flush=True)
+            if step == 3 and jax.process_index() == {broken}:
+                raise errors.DataError("its disk is gone")
+            if hosts.leave_requested():
+                raise errors.Preempted(f"left after step {{step}}")
+            time.sleep(0.1)
+
+errors.run(main)
+"""
+
+
+def _environment(process: int, processes: int, port: int, devices: int) -> dict[str, str]:
+    cluster = {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(processes),
+        "JAX_PROCESS_ID": str(process),
+    }
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | (cluster if processes > 1 else {})
+
+
+def _start(arguments: list[str], processes: int, devices: int = 1) -> list[subprocess.Popen]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    how = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [
+        subprocess.Popen([sys.executable, *arguments], env=_environment(i, processes, port, devices), **how)
+        for i in range(processes)
+    ]
+
+
+def _steps(broken: int = -1) -> list[subprocess.Popen]:
+    """Two processes that have gone through three steps."""
+    started = _start(["-c", STEPS.format(heartbeat=HEARTBEAT, broken=broken)], 2)
+    for process in started:
+        while (line := process.stdout.readline()) and "step 2" not in line:
+            pass
+    return started
+
+
+def _ends(process: subprocess.Popen, timeout: float) -> tuple[int, str]:
+    _, err = process.communicate(timeout=timeout)
+    return process.returncode, err
+
+
+def test_a_signal_to_one_process_makes_both_leave_at_the_same_step():
+    first, second = _steps()
+    second.send_signal(signal.SIGTERM)
+    ends = [_ends(process, 60) for process in (first, second)]
+    assert [code for code, _ in ends] == [75, 75]
+    lines = [[line for line in err.splitlines() if line.startswith("ambijax:")] for _, err in ends]
+    assert lines[0] == lines[1]
+    assert "left after step" in lines[0][0]
+
+
+def test_a_failing_process_tells_the_others_why():
+    first, second = _steps(broken=1)
+    code, err = _ends(first, 60)
+    assert code == 3
+    assert f"process 1 (pid {second.pid}" in err
+    assert "stopped: its disk is gone" in err
+    assert _ends(second, 60)[0] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_is_named_within_the_heartbeat(lost, how):
+    both = _steps()
+    both[lost].send_signal(how)
+    began = time.monotonic()
+    try:
+        code, err = _ends(both[1 - lost], 60)
+        assert time.monotonic() - began < HEARTBEAT + 5
+        assert code != 0
+        if lost == 0 and how == signal.SIGKILL:  # jax itself aborts at once: process 0 is its coordinator
+            assert "leader" in err
+        else:
+            assert f"process {lost} (pid {both[lost].pid}" in err
+            assert "no sign of life" in err
+    finally:
+        both[lost].kill()
+        both[lost].communicate()
+
+
+def _training(workdir: Path, corpus: Path, algorithm: str, *extra: str) -> list[str]:
+    keys = ["data.speakers=5", "data.clips_per_speaker=4", "eval.batch_size=4", "steps=3", "hosts.heartbeat=60"]
+    keys += [f"data.root={corpus}", "data.batch_size=8", "checkpoint.every=2", *extra]
+    return ["-m", "ambijax.train", f"--config=configs/{algorithm}.py:tiny", f"--workdir={workdir}"] + [
+        f"--config.{key}" for key in keys
+    ]
+
+
+def _lines(path: Path) -> list[dict]:
+    clocks = ("seconds", "clips_per_second")
+    return [{k: v for k, v in json.loads(x).items() if k not in clocks} for x in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["sft", "grpoz"])
+def test_two_and_four_processes_give_the_run_of_one(tmp_path, algorithm):
+    # Eight devices each time, so that all three sum in the same order but for what crosses processes.
+    few = ["grpo.samples=2", "data.max_tokens=32", "grpo.gold_adv_clip=10.0"] if algorithm == "grpoz" else []
+    mesh = ["mesh.data=2", "mesh.fsdp=4", *few]
+    corpus = tmp_path / "corpus"
+    for processes in (1, 2, 4):
+        started = _start(_training(tmp_path / str(processes), corpus, algorithm, *mesh), processes, 8 // processes)
+        ends = [_ends(process, 900) for process in started]
+        assert [code for code, _ in ends] == [0] * processes, ends
+    one = tmp_path / "1"
+    for processes in (2, 4):
+        several = tmp_path / str(processes)
+        for a, b in zip(_lines(one / "metrics.jsonl"), _lines(several / "metrics.jsonl"), strict=True):
+            assert a.keys() == b.keys()
+            np.testing.assert_allclose([*a.values()], [*b.values()], rtol=1e-5, atol=1e-6)
+        if algorithm == "grpoz":
+            texts = [[m.get("text") for s in _lines(r / "samples.jsonl") for m in s["group"]] for r in (one, several)]
+            assert texts[0] == texts[1]
+        wanted, found = (_lines(r / "eval/test/predictions.jsonl") for r in (one, several))
+        assert [p["id"] for p in wanted] == [p["id"] for p in found]
+        np.testing.assert_allclose([p["readout"] for p in wanted], [p["readout"] for p in found], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID is not set"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2", "JAX_COORDINATOR_ADDRESS": "h:1"}, "JAX_PROCESS_ID=2 must"),
+        ({"JAX_NUM_PROCESSES": "x", "JAX_PROCESS_ID": "2", "JAX_COORDINATOR_ADDRESS": "h:1"}, "whole numbers"),
+    ],
+)
+def test_an_incomplete_cluster_is_named(names, message, monkeypatch):
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        hosts.connect(heartbeat=60, start=60)
+
+
+def test_a_proxy_does_not_stand_before_the_loopback():
+    # gRPC asks the proxy even for 127.0.0.1, and a cluster of one would wait five minutes for it.
+    code = "from ambijax import hosts; hosts.connect(heartbeat=60, start=10); import jax; print(jax.process_count())"
+    env = {
+        **os.environ,
+        "http_proxy": "http://127.0.0.1:1",
+        "https_proxy": "http://127.0.0.1:1",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.stdout.strip() == "1", done.stderr
