@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import FrozenConfigDict
 
-from ambijax import checkpoint, convert, data, features, manifest, optim, peft, prompt, sharding
+from ambijax import checkpoint, convert, data, features, hosts, manifest, optim, peft, prompt, sharding
 from ambijax.agent import Setting
 from ambijax.corpora import synthetic
 from ambijax.errors import ConfigError, DataError
@@ -37,7 +37,7 @@ def mesh(config: FrozenConfigDict, shape: model_config.Qwen2AudioConfig, devices
     Raises:
       ConfigError: names every key that does not fit, and the nearest values that would.
     """
-    made = sharding.make_mesh(**config.mesh, batch=config.data.batch_size, devices=devices)
+    made = sharding.make_mesh(**config.mesh, devices=devices)
     text = shape.text
     wrong = sharding.check(
         made,
@@ -107,7 +107,8 @@ def corpus(config: FrozenConfigDict) -> manifest.Corpus:
             speakers=d.speakers,
             clips_per_speaker=d.clips_per_speaker,
         )
-        return synthetic.write(Path(d.root), spec)
+        with hosts.main_first():
+            return synthetic.write(Path(d.root), spec)
     if d.corpus == "manifest":
         return manifest.read(d.root)
     raise ConfigError(f"data.corpus={d.corpus!r} must be 'manifest' or 'synthetic'")

@@ -73,6 +73,22 @@ def load(path: str | Path) -> np.ndarray:
     return check(samples, rate, str(path))
 
 
+def declared_frames(path: Path) -> int:
+    """Valid mel frames of a file by its header alone: `mel_frames(len(load(path)))` of an intact one.
+
+    Raises:
+      DataError: no such file, or no readable header.
+    """
+    import soundfile
+
+    try:
+        about = soundfile.info(path)
+    except (OSError, soundfile.SoundFileError, TypeError):
+        return mel_frames(len(load(path)))  # which says what is wrong with it
+    n = min(about.frames, SECONDS * about.samplerate)
+    return mel_frames(min((2 * n * SAMPLE_RATE + about.samplerate) // (2 * about.samplerate), N_SAMPLES))
+
+
 def _assert_whole(path: Path) -> None:
     """Finds what libsndfile is silent about: pointer files, and wavs shorter than their header says."""
     size = path.stat().st_size

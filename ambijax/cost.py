@@ -13,6 +13,7 @@ from jax.extend.core import Jaxpr
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
+SCALAR = 64  # bytes: contexts and counters beside the arrays of an asynchronous operation
 BITS = {"pred": 8, "token": 0, "bf16": 16}  # else the digits of the name, as in f32
 
 _ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
@@ -160,6 +161,8 @@ class Compiled:
         shapes = {other.name: other.shape for other in self._around(i)}
         results = sum(_sizes(i.shape, main_memory=True))
         operands = [sum(_sizes(shapes.get(name, ""), main_memory=True)) for name in i.operands]
+        if i.opcode.endswith("-start"):  # of a copy or a slice: one end of it, not the array that is sliced
+            return min((size for size in _sizes(i.shape) if size > SCALAR), default=0)
         if i.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * results
         if i.opcode == "dynamic-update-slice":

@@ -30,6 +30,7 @@ from ambijax import (
     canaries,
     emotions,
     errors,
+    hosts,
     journal,
     manifest,
     metrics,
@@ -132,7 +133,7 @@ def run(
         "slices": slices.slices(records, **resamples),
         "calibrated": None if temperature is None else calibrated(records, temperature),
     }
-    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (hosts.notes(directory) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -182,6 +183,12 @@ CONTROLS = {"swap_audio": canaries.swap_audio, "swap_transcript": canaries.swap_
 def main() -> None:
     args, rest = _parse()
     config, asked, workdir = _settings(args, rest)
+    with hosts.cluster(**config.hosts):
+        _answer(args, config, asked, workdir)
+
+
+def _answer(args: argparse.Namespace, config: FrozenConfigDict, asked: FrozenConfigDict, workdir: Path) -> None:
+    """Evaluates, and prints the table."""
     setting = assemble.setting(config)
     with jax.set_mesh(setting.mesh):
         base = args.base or not args.run
@@ -189,6 +196,8 @@ def main() -> None:
         temperature = _temperature(setting, variables, workdir, args) if args.calibrate else None
         setting = setting if asked is config else assemble.setting(asked)
         name, summary = _evaluate(setting, variables, workdir, args, base, temperature)
+    if not hosts.is_main():
+        return
     rows = summary["bounds"] | {name: summary}
     if summary["calibrated"]:
         rows[f"{name}, T = {temperature:.2f}"] = summary["calibrated"]

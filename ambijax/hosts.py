@@ -4,21 +4,26 @@
     SLURM, TPU VM, GKE, Open MPI     as `jax.distributed` detects them
     anything else                    JAX_COORDINATOR_ADDRESS=host:port JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0
 
-Every process runs the same program. Process 0 writes files and prints, all of them compute, and a process reads only
-the examples whose rows its devices hold (`sharding.rows`). One that fails tells the others why, so that nobody waits in
-a collective for somebody who is gone; one that falls silent is named by the others after a heartbeat.
+Every process runs the same program on the same batch of tokens: it places the rows of its own devices, and hears only
+the clips of those rows (features.py). What comes back from the devices is gathered, so that all decide alike. Process 0
+writes files and prints. One that fails tells the others why, so that nobody waits in a collective for somebody who is
+gone; one that falls silent is named by the others after a heartbeat.
 """
 
+import atexit
 import contextlib
+import functools
 import itertools
 import json
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -106,37 +111,37 @@ def leave_requested() -> bool:
     return multihost_utils.reached_preemption_sync_point(next(_polls))
 
 
-def main_says(answer: bool) -> bool:
-    """Process 0's answer, in every process: clocks differ."""
+def notes(workdir: Path) -> Path:
+    """Where this process writes what everybody knows: `workdir` in process 0, elsewhere one that is thrown away."""
+    return workdir if is_main() else _scratch()
+
+
+@functools.cache
+def _scratch() -> Path:
+    directory = tempfile.TemporaryDirectory(prefix="ambijax-")
+    atexit.register(directory.cleanup)
+    return Path(directory.name)
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """Process 0 goes through the block alone, the others after it: they find done what it does there."""
+    several = jax.process_count() > 1
+    if several and not is_main():
+        multihost_utils.sync_global_devices("main is done")
+    yield
+    if several and is_main():
+        multihost_utils.sync_global_devices("main is done")
+
+
+def from_main(value: object) -> object:
+    """Process 0's JSON-ready value, in every process."""
     if jax.process_count() == 1:
-        return answer
-    return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
-
-
-def gather(rows: np.ndarray, records: list) -> list:
-    """One JSON-ready record for each of this process's rows -> those of all rows, in order, in every process."""
-    if jax.process_count() == 1:
-        return records
-    numbered = [[int(row), record] for row, record in zip(rows, records, strict=True)]
-    mine = np.frombuffer(json.dumps(numbered).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.array([len(mine)], np.int32)).reshape(-1)
-    padded = np.zeros(lengths.max(), np.uint8)
-    padded[: len(mine)] = mine
-    everyone = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(lengths), -1)
-    found = {}
-    for text, length in zip(everyone, lengths, strict=True):
-        found |= {row: record for row, record in json.loads(text[:length].tobytes())}
-    return [found[row] for row in sorted(found)]
-
-
-def mean(values: dict[str, float]) -> dict[str, float]:
-    """Means over this process's rows -> means over all rows; all processes hold equally many."""
-    if jax.process_count() == 1 or not values:
-        return values
-    mine = np.array([float(value) for value in values.values()])
-    bits = multihost_utils.process_allgather(mine.view(np.uint32))  # jax would round float64 to float32
-    everyone = np.asarray(bits).reshape(jax.process_count(), -1).view(np.float64)
-    return dict(zip(values, everyone.mean(axis=0).tolist(), strict=True))
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    padded = text if is_main() else np.zeros(length, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
 
 
 class _Watch:

@@ -121,8 +121,8 @@ class Model:
         """The prompts of some clips on the mesh, filled up to a power of two: few shapes are ever compiled."""
         c, v = self.setting.config, self.setting.vocabulary
         windows = (*c.data.windows, audio.N_FRAMES)  # a clip may be longer than any of the corpus
-        mels = features.mels(heard, windows, self.setting.model.config.audio.num_mel_bins)
-        sounds = list(features.encode(self.setting.model, self.variables, self.setting.mesh, mels))
+        clips = [features.Clip(audio.mel_frames(len(clip)), lambda clip=clip: clip) for clip in heard]
+        sounds = list(features.encode(self.setting.model, self.variables, self.setting.mesh, clips, windows))
         tokens = [
             np.array(prompt.encode_prompt(v, text, sound.tokens, style=self.setting.style), np.int32)
             for text, sound in zip(transcripts, sounds, strict=True)

@@ -26,7 +26,7 @@ import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ambijax import chips, cost, errors, planned, programs, settings
-from ambijax.algorithms import Setting
+from ambijax.agent import Setting
 from ambijax.errors import ConfigError
 from ambijax.model import config as model_config
 
@@ -76,6 +76,7 @@ def run(case: Case) -> dict:
         "seconds_of_sound": case.window / 100,
         "prompt_tokens": case.window // 4 + case.text,
         "completion_tokens": case.config.data.max_tokens,
+        "parts": case.config.optim.accumulate,
         "updates": case.config.grpo.updates if case.config.algorithm in ("grpo", "grpoz") else 1,
     }
     with jax.set_mesh(setting.mesh):

@@ -61,7 +61,7 @@ def mfu(program: dict, about: dict) -> float:
 def step(result: dict) -> dict | None:
     """One training step: seconds, useful share of the peak, what takes longest; None without a roofline."""
     about = result["about"]
-    times = {"roll-out": 1, "reference": 1, "update": about["updates"]}
+    times = {"roll-out": about["parts"], "reference": about["parts"], "update": about["updates"]}
     parts = [(p, times[p["name"]]) for p in result["programs"] if p["name"] in times]
     if any(roofline(p, about) is None for p, _ in parts):
         return None

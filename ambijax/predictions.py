@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import tqdm
 
-from ambijax import agent, assemble, convert, data, journal, manifest, metrics, prompt, reasoning, sharding
+from ambijax import agent, assemble, convert, data, hosts, journal, manifest, metrics, prompt, reasoning, sharding
 from ambijax.agent import Setting
 from ambijax.data import Dataset
 from ambijax.errors import DataError
@@ -64,8 +64,9 @@ def collect(
       after: records of the split in any order, whose reasonings are read out after instead, one an utterance.
     """
     size = sharding.round_up(setting.config.eval.batch_size, setting.mesh)
+    directory = hosts.notes(directory)
     path = directory / "predictions.jsonl"
-    records = _begun(directory, _origin(setting, variables, dataset, decoding, after))
+    records = hosts.from_main(_begun(directory, _origin(setting, variables, dataset, decoding, after)))
     if len(records) < len(dataset):
         records = records[: len(records) // size * size]
     else:

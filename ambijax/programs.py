@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
 from ambijax import assemble, features, optim, prompt, sharding, update
-from ambijax.algorithms import ALGORITHMS, Setting
+from ambijax.agent import Setting
+from ambijax.algorithms import ALGORITHMS
 from ambijax.model import qwen2_audio
 from ambijax.model.config import Qwen2AudioConfig
 from ambijax.structs import Batch, Completions, Group, Preferences, Prompt, TrainState
@@ -74,7 +75,8 @@ def programs(setting: Setting, window: int, text: int) -> Iterator[Program]:
     whole, frozen, _ = state(setting)
     beside = {"optimizer": whole.optimizer}
     shapes = functools.partial(_prompt, setting, rows, window, text)
-    asked = shapes(c.data.batch_size)
+    part = c.data.batch_size // c.optim.accumulate  # a batch is collected in parts, one after another
+    asked = shapes(part)
     key = _everywhere(jax.eval_shape(lambda: jax.random.key(0)), setting.mesh)
 
     yield _encode(setting, rows, both, window, beside)
@@ -86,7 +88,7 @@ def programs(setting: Setting, window: int, text: int) -> Iterator[Program]:
             jax.jit(lambda v, p, k: setting.rollout(v, p, k, samples, temperature)),
             (both, asked, key),
             c.data.max_tokens,
-            c.data.batch_size,
+            part,
             samples,
             beside,
         )
@@ -99,11 +101,11 @@ def programs(setting: Setting, window: int, text: int) -> Iterator[Program]:
             jax.jit(lambda v, p, g: setting.score(v, p, g, {})),
             ({"params": both["params"]}, asked, given),
             1,
-            c.data.batch_size,
+            part,
             members,
             {"adapters": both["lora"], **beside},
         )
-    yield update_program(setting, (whole, frozen, collected, key))
+    yield update_program(setting, (whole, frozen, (collected,) * c.optim.accumulate, key))
     size = sharding.round_up(c.eval.batch_size, setting.mesh)
     yield Program(
         "evaluation",
@@ -117,12 +119,12 @@ def programs(setting: Setting, window: int, text: int) -> Iterator[Program]:
 
 
 def update_program(setting: Setting, arguments: tuple) -> Program:
-    """The optimisation step on (state, frozen, collected, key)."""
+    """The optimisation step on (state, frozen, parts, key)."""
     whole, _, optimizer = state(setting)
-    collected = arguments[2]
-    b, g, _ = (collected.gold if isinstance(collected, Batch) else collected.completions).tokens.shape
+    part = arguments[2][0]
+    b, g, _ = (part.gold if isinstance(part, Batch) else part.completions).tokens.shape
     step = update.make_update(setting, ALGORITHMS[setting.config.algorithm].loss, optimizer, whole)
-    return Program("update", step, arguments, 1, b, g, {})
+    return Program("update", step, arguments, 1, b * len(arguments[2]), g, {})
 
 
 def cache(setting: Setting, program: Program) -> int:
@@ -161,7 +163,7 @@ def _prompt(setting: Setting, rows: Callable, window: int, text: int, size: int)
 def _collected(setting: Setting, rows: Callable, asked: Prompt) -> Batch | Preferences | Group:
     """What the update of the configured algorithm gets."""
     c = setting.config
-    b, t, k = c.data.batch_size, c.data.max_tokens, len(c.data.labels)
+    b, t, k = asked.tokens.shape[0], c.data.max_tokens, len(c.data.labels)
 
     def given(g: int) -> Completions:
         return Completions(rows((b, g, t), jnp.int32), rows((b, g, t), bool), rows((b, g), jnp.int32))

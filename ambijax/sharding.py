@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ambijax.errors import ConfigError
@@ -45,10 +46,8 @@ MATRICES = {
 }
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, *, batch: int = 1, devices: Sequence | None = None) -> Mesh:
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence | None = None) -> Mesh:
     """A mesh over `devices`, or all there are; one axis may be -1 and takes what the others leave.
-
-    With both fsdp and tensor -1, fsdp takes as much as still divides the batch, and tensor the rest.
 
     Raises:
       ConfigError: the product is not the number of devices.
@@ -57,15 +56,11 @@ def make_mesh(data: int, fsdp: int, tensor: int, *, batch: int = 1, devices: Seq
     count, shape = len(devices), [data, fsdp, tensor]
     free = [i for i, n in enumerate(shape) if n == -1]
     fixed = math.prod(n for n in shape if n != -1)
-    if fixed < 1 or count % fixed or free not in ([], [0], [1], [2], [1, 2]) or (not free and fixed != count):
+    if fixed < 1 or len(free) > 1 or count % fixed or (not free and fixed != count):
         given = f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} does not make {count} devices"
         raise ConfigError(f"{given}; {_nearest_meshes(shape, count)}")
-    rest = count // fixed
-    if free == [1, 2]:
-        shape[1] = max(n for n in _divisors(rest) if batch % (data * n) == 0 or n == 1)
-        shape[2] = rest // shape[1]
-    elif free:
-        shape[free[0]] = rest
+    for i in free:
+        shape[i] = count // fixed
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
@@ -78,10 +73,6 @@ def _nearest_meshes(shape: list[int], count: int) -> str:
             fits.append(f"mesh.{axis}={count // others}")
     ways = [*fits, f"-1 for one of them and divisors of {count} for the others"]
     return "try " + " or ".join(ways)
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def partition(*logical: str | None) -> PartitionSpec:
@@ -122,21 +113,25 @@ def shardings(variables: object, mesh: Mesh) -> object:
 
 
 def place(batch: object, mesh: Mesh) -> object:
-    """Host arrays with a leading batch axis to the mesh, split over 'data' and 'fsdp'."""
+    """Host arrays with a leading batch axis to the mesh, split over 'data' and 'fsdp'.
+
+    Every process passes the whole batch; each device takes its rows.
+    """
     sharding = NamedSharding(mesh, partition("batch"))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch)
 
 
 def fetch(tree: object) -> object:
-    """The inverse of `place`: this process's rows as numpy arrays."""
+    """The inverse of `place`: the whole batch as numpy arrays, in every process."""
+    if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
+        return jax.tree.map(np.asarray, tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
-    def rows(x: jax.Array) -> np.ndarray:
-        if x.is_fully_addressable:
-            return np.asarray(x)
-        shards = [shard for shard in x.addressable_shards if shard.replica_id == 0]
-        return np.concatenate([shard.data for shard in sorted(shards, key=lambda s: s.index[0].start or 0)])
 
-    return jax.tree.map(rows, tree)
+def rows(size: int, mesh: Mesh) -> list[int]:
+    """Which of `size` rows of a batch lie on this process's devices."""
+    where = NamedSharding(mesh, partition("batch")).addressable_devices_indices_map((size,))
+    return sorted({row for (rows,) in where.values() for row in range(*rows.indices(size))})
 
 
 def round_up(batch: int, mesh: Mesh) -> int:

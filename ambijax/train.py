@@ -60,10 +60,12 @@ def train(config: FrozenConfigDict, directory: Path) -> None:
         if config.steps == 0:
             saved.save(0, state, meta, metric=None)
         state = loop(setting, sets, state, frozen, optimizer, saved, meta, clock, directory)
-        print(report(setting, optim.merge(state.trained, frozen), sets, directory))
+        table = report(setting, optim.merge(state.trained, frozen), sets, directory)
     clock.lap("evaluation")
     clock.write()
-    print(clock.summary())
+    if hosts.is_main():
+        print(table)
+        print(clock.summary())
 
 
 def loop(
@@ -91,7 +93,7 @@ def loop(
     last_save = time.monotonic()
     bar = tqdm.tqdm(range(first, config.steps), algorithm_title(config), config.steps, initial=first, unit="step")
     with (
-        Log(directory, first) as log,
+        Log(hosts.notes(directory), first) as log,
         Watchdog(directory / f"stacks-{jax.process_index()}.txt", config.watchdog_seconds) as watchdog,
         signals.guarding(lambda: done not in (first, saved.latest), config.checkpoint.grace),
     ):
@@ -121,7 +123,7 @@ def loop(
                 bar.set_postfix({name.split("/")[-1]: f"{values[name]:.3f}" for name in SHOWN if name in values})
             clock.lap("update")
             leave = hosts.leave_requested()
-            late = hosts.main_says(time.monotonic() - last_save > config.checkpoint.seconds)
+            late = hosts.from_main(time.monotonic() - last_save > config.checkpoint.seconds)
             if late or done % config.checkpoint.every == 0 or leave or done == config.steps:
                 health.look()
                 log.sync()
