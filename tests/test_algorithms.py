@@ -1,6 +1,7 @@
 """What each option of an algorithm does to what is collected and to the loss, on a model of a few thousand weights."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -10,15 +11,30 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh
 from ml_collections import FrozenConfigDict
+from scipy.special import rel_entr, softmax
 
-from ambijax import algorithms, audio, data, guard, optim, prompt, settings, sharding, update
+from ambijax import (
+    algorithms,
+    assemble,
+    audio,
+    data,
+    guard,
+    metrics,
+    optim,
+    prompt,
+    reasoning,
+    settings,
+    sharding,
+    update,
+)
 from ambijax.agent import Setting
 from ambijax.algorithms import ALGORITHMS
 from ambijax.emotions import CREMAD
+from ambijax.errors import ConfigError
 from ambijax.manifest import Utterance
 from ambijax.model import qwen2_audio
 from ambijax.reasoning import Reasoning
-from ambijax.structs import Batch, TrainState
+from ambijax.structs import Batch, Group, TrainState
 from configs import dpo, grpo, grpoz, sft
 from tests import small
 from tests.test_prompt import train
@@ -66,7 +82,7 @@ def batch_for(setting: Setting) -> Batch:
     ]
     utterances[3] = dataclasses.replace(utterances[3], cot="")
     frames = rng.integers(12, 32, PROMPTS)
-    live = setting.config.lora.audio_tower
+    live = assemble.trains_tower(setting.config)
     width = (32, 8) if live else (8, 32)
     sounds = {
         u.id: data.Sound(int(f), rng.normal(size=width).astype(np.float32)[: None if live else audio.tokens(int(f))])
@@ -141,3 +157,306 @@ def test_parts_equal_the_whole_batch(vocabulary, algorithm):
     for x, y in zip(*map(jax.tree.leaves, (expected, got)), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * max(1, largest))
     assert aux == pytest.approx(aux_in_parts, rel=1e-5, abs=1e-6)
+
+
+# --- the options: what is collected and the loss, against numpy in float64
+
+
+def log_probs(setting: Setting, variables: dict, completions: object, prompts: object) -> tuple[np.ndarray, np.ndarray]:
+    """log pi [B, G, T] and class logits [B, G, K] as float64."""
+    with jax.set_mesh(setting.mesh):
+        scores = setting.score(variables, prompts, completions, {}, setting.config.grpo.temperature)
+    return np.asarray(scores.logp, np.float64), np.asarray(scores.readout, np.float64)
+
+
+def expected_group_loss(setting: Setting, group: Group, before: dict, now: dict) -> np.ndarray:
+    """Equation 7 with all its options, [B], for the policy `now` and a roll-out of the policy `before`."""
+    c = setting.config
+    logp, readout = log_probs(setting, now, group.completions, group.prompt)
+    old = log_probs(setting, before, group.completions, group.prompt)[0] if c.grpo.updates > 1 else logp
+    ref = log_probs(setting, {"params": now["params"]}, group.completions, group.prompt)[0]
+    a = np.asarray(group.advantages, np.float64)[..., None]
+    mask, rho = np.asarray(group.loss_mask), np.exp(logp - old)
+    token = -np.minimum(rho * a, np.clip(rho, 1 - c.grpo.eps_low, 1 + c.grpo.eps_high) * a)
+    if c.grpo.gold_gamma > 0:
+        token[:, -1] = (-a * np.exp(logp) / (np.exp(logp) + c.grpo.gold_gamma))[:, -1]
+    k3 = np.exp(ref - logp) - (ref - logp) - 1
+    token[:, : c.grpo.samples] += c.grpo.beta_kl * k3[:, : c.grpo.samples]
+    total, lengths = np.where(mask, token, 0).sum(-1), mask.sum(-1)
+    members = (lengths > 0).sum(-1)  # the fourth prompt has no gold
+    loss = {
+        "sequence_mean": (total / np.maximum(lengths, 1)).sum(-1) / members,
+        "token_mean": total.sum(-1) * PROMPTS / mask.sum(),
+        "constant_length": total.sum(-1) / (members * c.data.max_tokens),
+    }[c.grpo.aggregate]
+    if setting.config.algorithm == "grpoz":
+        p, phat = np.asarray(group.target, np.float64), softmax(readout[:, -1], -1)
+        if c.loss.kl_direction == "reverse":
+            q = 0.99 * p + 0.01 / p.shape[-1]
+            kl = rel_entr(phat, q).sum(-1)
+        else:
+            kl = rel_entr(p, phat).sum(-1)
+        ce_mask = np.asarray(group.ce_mask[:, 0])
+        ce = -np.where(ce_mask, logp[:, -1], 0).sum(-1) / np.maximum(ce_mask.sum(-1), 1)
+        loss = loss + c.loss.lambda_kl * kl + c.grpo.gold_ce * ce
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes"),
+    [
+        ("grpo", {}),
+        ("grpo", {"grpo__updates": 2, "grpo__eps_low": 0.01, "grpo__eps_high": 0.02}),
+        ("grpo", {"grpo__beta_kl": 0.0}),
+        ("grpo", {"grpo__aggregate": "token_mean"}),
+        ("grpoz", {}),
+        ("grpoz", {"grpo__updates": 2, "grpo__eps_low": 0.01, "grpo__eps_high": 0.02}),
+        ("grpoz", {"grpo__aggregate": "token_mean"}),
+        ("grpoz", {"grpo__aggregate": "constant_length"}),
+        ("grpoz", {"grpo__gold_in_loss": False}),
+        ("grpoz", {"grpo__gold_in_loss": False, "loss__lambda_kl": 0.0, "grpo__gold_ce": 0.0}),
+        ("grpoz", {"grpo__gold_gamma": 0.1}),
+        ("grpoz", {"loss__lambda_kl": 0.0}),
+        ("grpoz", {"loss__kl_direction": "reverse"}),
+        ("grpoz", {"data__gold_label": "sample"}),
+    ],
+)
+def test_the_group_loss_is_equation_7(vocabulary, algorithm, changes):
+    setting = make(vocabulary, algorithm, **changes)
+    before = placed(setting)
+    now = before | {"lora": jax.tree.map(lambda x: 1.1 * x, before["lora"])}
+    (group,), _, _ = collect(setting)
+    with jax.set_mesh(setting.mesh):
+        loss, _ = algorithms.group_loss(setting, now, group, {})
+    expected = expected_group_loss(setting, group, before, now)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.mean(loss), expected.mean(), rtol=1e-5, atol=1e-5)
+    plain = make(vocabulary, algorithm)
+    if changes and "data__gold_label" not in changes:  # the option does something
+        with jax.set_mesh(setting.mesh):
+            same, _ = algorithms.group_loss(plain, now, collect(plain)[0][0], {})
+        assert np.abs(np.asarray(same) - np.asarray(loss)).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"grpo__gold_reward": "measured"},
+        {"grpo__scale": "none"},
+        {"grpo__ddof": 0, "grpo__eps": 0.01, "grpo__min_std": 0.3},
+        {"grpo__gold_adv_clip": 0.5},
+        {"reward__w_fmt": 0.0, "reward__w_js": 2.0},
+        {"reward__format": "partial"},
+    ],
+)
+def test_rewards_and_advantages_follow_from_what_is_written_down(vocabulary, changes):
+    setting = make(vocabulary, "grpoz", **changes)
+    c = setting.config
+    (group,), _, samples = collect(setting)
+    measured = metrics.js(np.asarray(group.target), softmax(_gold_readout(setting, group), -1))
+    for row, members in enumerate(samples):
+        rewards = []
+        for member in members[:-1]:
+            exact = reasoning.format_reward(member["text"], CREMAD, style="steps", ended=False)
+            assert member["format"] == exact == 0  # the model knows nothing of the format
+            assert member["credit"] == exact or c.reward.format == "partial"
+            rewards.append(c.reward.w_js * (1 - member["js"]) + c.reward.w_fmt * member["credit"])
+            assert member["reward"] == pytest.approx(rewards[-1])
+        gold = c.reward.w_js + c.reward.w_fmt
+        if c.grpo.gold_reward == "measured":
+            gold -= c.reward.w_js * measured[row]
+        if row == 3:  # no chain of thought: a group of K
+            assert members[-1]["reward"] is None
+        else:
+            assert members[-1]["reward"] == pytest.approx(gold, rel=1e-5)
+            rewards.append(gold)
+        r = np.array(rewards)
+        advantages = r - r.mean()
+        if c.grpo.scale == "std":
+            advantages /= max(r.std(ddof=c.grpo.ddof), c.grpo.min_std) + c.grpo.eps
+        advantages = np.append(advantages, 0.0)[: c.grpo.samples + 1]
+        advantages[-1] = min(advantages[-1], c.grpo.gold_adv_clip)
+        found = [member["advantage"] for member in members]
+        np.testing.assert_allclose(found, advantages, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(group.advantages[row], advantages, rtol=1e-4, atol=1e-5)
+
+
+def _gold_readout(setting: Setting, group: Group) -> np.ndarray:
+    return log_probs(setting, placed(setting), group.completions, group.prompt)[1][:, -1]
+
+
+def test_negatives_by_hand():
+    js = np.array([[0.1, 0.9, 0.3], [0.05, 0.0, 0.01], [0.2, 0.2, 0.8]])
+    example = np.array([7, 8, 9])
+
+    def pick(how, seed=0):
+        return algorithms._negatives(how, js, 0.15, jax.random.key(seed), example)
+
+    chosen, pairs = pick("worst")
+    np.testing.assert_array_equal(chosen, [[1], [0], [2]])
+    np.testing.assert_array_equal(pairs, [[True], [False], [True]])  # nothing above tau: masked
+    chosen, pairs = pick("all")
+    np.testing.assert_array_equal(chosen, [[0, 1, 2]] * 3)
+    np.testing.assert_array_equal(pairs, js > 0.15)
+    drawn = [pick("random", seed) for seed in range(20)]
+    assert {int(chosen[0, 0]) for chosen, _ in drawn} == {1, 2}  # among those above tau, another at every step
+    assert {int(chosen[2, 0]) for chosen, _ in drawn} == {0, 1, 2}
+    assert all(pairs.ravel().tolist() == [True, False, True] for _, pairs in drawn)
+    np.testing.assert_array_equal(pick("random")[0], drawn[0][0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dpo__negatives": "worst", "dpo__tau": 0.3},
+        {"dpo__negatives": "all", "dpo__tau": 0.3},
+        {"dpo__tau": 0.999},
+        {"loss__lambda_kl": 0.0},
+    ],
+)
+def test_the_dpo_loss_is_equation_4(vocabulary, changes):
+    setting = make(vocabulary, "dpo", **changes)
+    c, now = setting.config, placed(setting)
+    (collected,), measured, samples = collect(setting)
+    with jax.set_mesh(setting.mesh):
+        loss, _ = algorithms.dpo_loss(setting, now, collected, {})
+        scores = [
+            setting.score(variables, collected.prompt, collected.completions, {})
+            for variables in (now, {"params": now["params"]})
+        ]
+    pi, ref = (np.asarray(s.logp, np.float64).sum(-1) for s in scores)
+    margin = c.dpo.beta * ((pi - ref)[:, :1] - (pi - ref)[:, 1:])
+    pairs = np.asarray(collected.pairs)
+    js = np.array([[member["js"] for member in group] for group in samples])
+    worst = js if c.dpo.negatives == "all" else js.max(axis=1, keepdims=True)
+    np.testing.assert_array_equal(pairs, (worst > c.dpo.tau) & (np.arange(PROMPTS) != 3)[:, None])
+    assert measured["dpo/pairs"] == pytest.approx(pairs.mean())
+    dpo = np.where(pairs, np.logaddexp(0, -margin), 0).sum(-1) / np.maximum(pairs.sum(-1), 1)
+    gold, readout = np.asarray(scores[0].logp, np.float64)[:, 0], np.asarray(scores[0].readout, np.float64)[:, 0]
+    ce_mask = np.asarray(collected.ce_mask)[:, 0]
+    ce = -np.where(ce_mask, gold, 0).sum(-1) / np.maximum(ce_mask.sum(-1), 1)
+    kl = rel_entr(np.asarray(collected.target, np.float64), softmax(readout, -1)).sum(-1)
+    np.testing.assert_allclose(loss, dpo + c.loss.lambda_kl * kl + c.loss.lambda_ce * ce, rtol=1e-4, atol=1e-5)
+    assert (dpo > 0).any() == (c.dpo.tau < 0.9)
+    assert np.all(np.asarray(loss)[3] == c.loss.lambda_kl * kl[3]) or loss[3] == pytest.approx(c.loss.lambda_kl * kl[3])
+
+
+@pytest.mark.parametrize(
+    ("changes", "covered", "ce_weight", "kl_weight"),
+    [
+        ({}, "all but the class word", 1.0, 1.0),
+        ({"loss__lambda_kl": 0.0}, "all", 1.0, 0.0),  # CE alone
+        ({"loss__lambda_ce": 0.0}, "all but the class word", 0.0, 1.0),  # KL alone
+        ({"data__cot": False}, "all but the class word", 1.0, 1.0),  # anchor, end
+        ({"data__cot": False, "loss__lambda_kl": 0.0}, "all", 1.0, 0.0),
+    ],
+)
+def test_the_sft_loss_is_equation_3(vocabulary, changes, covered, ce_weight, kl_weight):
+    setting = make(vocabulary, "sft", **changes)
+    now = placed(setting)
+    ((batch,), _, _) = collect(setting)
+    with jax.set_mesh(setting.mesh):
+        loss, _ = algorithms.sft_loss(setting, now, batch, {})
+        scores = setting.score(now, batch.prompt, batch.gold, {})
+    logp, readout = np.asarray(scores.logp, np.float64)[:, 0], np.asarray(scores.readout, np.float64)[:, 0]
+    kl = rel_entr(np.asarray(batch.target, np.float64), softmax(readout, -1)).sum(-1)
+    for row in range(PROMPTS):
+        ids = np.asarray(batch.gold.tokens)[row, 0]
+        length, anchor = int(batch.gold.mask[row].sum()), int(batch.gold.anchor[row, 0])
+        assert ids[anchor + 1] in vocabulary.class_ids
+        assert ids[length - 1] == vocabulary.im_end
+        counts = [t for t in range(length) if covered == "all" or t != anchor + 1]
+        if row == 3 and setting.config.data.cot:
+            assert anchor == len(vocabulary.anchor) - 1  # no chain of thought: for the read-out alone
+            counts = []
+        ce = -np.mean(logp[row, counts]) if counts else 0.0
+        assert loss[row] == pytest.approx(ce_weight * ce + kl_weight * kl[row], rel=1e-4)
+
+
+def test_the_class_word_of_gold_is_the_likeliest_or_drawn_from_the_votes(vocabulary):
+    def words(**changes):
+        batch = batch_for(make(vocabulary, "sft", **changes))
+        after = np.take_along_axis(batch.gold.tokens[:, 0], batch.gold.anchor + 1, axis=1)[:, 0]
+        return [vocabulary.class_ids.index(token) for token in after], batch.target
+
+    argmax, p = words()
+    assert argmax == p.argmax(axis=1).tolist()
+    drawn, _ = words(data__gold_label="sample")
+    assert drawn != argmax
+    assert all(p[i, k] > 0 for i, k in enumerate(drawn))
+
+
+def test_split_class_words_are_left_out_whole(vocabulary):
+    v = dataclasses.replace(vocabulary, class_words=tuple((*word, 7) for word in vocabulary.class_words))
+    batch = batch_for(make(v, "sft"))
+    for row in (0, 1, 2):
+        length, anchor = int(batch.gold.mask[row].sum()), int(batch.gold.anchor[row, 0])
+        assert length == anchor + 4  # two tokens of the word, and the end
+        covered = np.flatnonzero(batch.ce_mask[row, 0]).tolist()
+        assert covered == [*range(anchor + 1), length - 1]
+
+
+# --- what is trained
+
+LORA, FULL = ("lora/.*",), ("params/.*",)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes", "trained"),
+    [
+        ("grpoz", {"lora__audio_tower": True}, LORA),
+        ("sft", {"optim__train": FULL}, FULL),
+        pytest.param("sft", {"lora__audio_tower": True}, LORA, marks=pytest.mark.slow),
+        pytest.param("dpo", {"lora__audio_tower": True}, LORA, marks=pytest.mark.slow),
+        pytest.param("grpo", {"lora__audio_tower": True}, LORA, marks=pytest.mark.slow),
+        pytest.param("grpo", {"optim__train": FULL, "grpo__beta_kl": 0.0}, FULL, marks=pytest.mark.slow),
+        pytest.param("grpoz", {"optim__train": FULL, "grpo__beta_kl": 0.0}, FULL, marks=pytest.mark.slow),
+        pytest.param(
+            "sft", {"optim__train": ("params/language_model/.*",)}, ("params/lang.*",), marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_all_that_is_trained_moves_and_the_rest_is_bit_equal(vocabulary, algorithm, changes, trained):
+    setting = make(vocabulary, algorithm, **changes)
+    variables = placed(setting)
+    before = jax.tree.map(np.asarray, variables)
+    parts, _, _ = collect(setting)
+    with jax.set_mesh(setting.mesh):
+        state, frozen, optimizer = update.start(setting.config, variables)
+        step = update.make_update(setting, ALGORITHMS[algorithm].loss, optimizer, state)
+        for _ in range(2):  # the first has a learning rate of zero
+            state, aux = step(state, frozen, parts, jax.random.key(1))
+    assert not aux["skipped"]
+    after = optim.merge(state.trained, frozen)
+    for path, x, y in zip(*map(jax.tree.leaves, (sharding.paths(before), before, after)), strict=True):
+        moves = any(re.fullmatch(pattern, path) for pattern in trained)
+        assert np.array_equal(x, y) != moves, path
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes", "message"),
+    [
+        ("dpo", {"optim__train": FULL}, "optim.train reaches base weights, but the reference policy is the base"),
+        ("grpoz", {"optim__train": FULL}, "or set grpo.beta_kl=0"),
+        ("sft", {"optim__accumulate": 3}, "optim.accumulate=3 must divide data.batch_size=8"),
+        ("sft", {"loss__lambda_ce": 0.0, "loss__lambda_kl": 0.0}, "nothing to learn"),
+        ("sft", {"prompt__style": "audio_reasoner"}, "is for evaluation"),
+        ("dpo", {"lora__dropout": 0.1, "dpo__tau": 1.0}, "dpo.tau=1.0 must be in.*lora.dropout=0.1 must be 0"),
+        ("grpo", {"grpo__scale": "max", "grpo__ddof": 2}, "grpo.scale='max' must be std or none; grpo.ddof=2 must be"),
+        ("grpo", {"reward__w_js": 0.0, "reward__w_fmt": 0.0, "reward__format": "half"}, "nor both 0; reward.format"),
+    ],
+)
+def test_settings_that_cannot_work_are_all_refused_at_once(vocabulary, algorithm, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make(vocabulary, algorithm, **changes)
+
+
+def test_trained_weights_are_float32(vocabulary):
+    setting = make(vocabulary, "sft", optim__train=("params/language_model/norm/.*",))
+    variables = placed(setting)
+    variables["params"] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])
+    with jax.set_mesh(setting.mesh):
+        state, frozen, _ = update.start(setting.config, variables)
+    assert {x.dtype for x in jax.tree.leaves(state.trained)} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(frozen["params"])} == {jnp.dtype("bfloat16")}

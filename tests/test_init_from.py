@@ -1,0 +1,91 @@
+"""Starting from what an earlier run trained: bit-equal, or one line that says what does not fit."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ambijax import assemble, checkpoint, settings, train, update
+from ambijax.errors import ConfigError
+
+pytestmark = pytest.mark.skipif(
+    not (Path(assemble.__file__).parent / "tiny/model.safetensors").exists(), reason="the tiny model is not here"
+)
+NORM = "--config.optim.train=('params/language_model/norm/.*',)"
+
+
+def parse(algorithm: str, *overrides: str):
+    return settings.parse(["train", f"--config=configs/{algorithm}.py:tiny", "--workdir=unused", *overrides])[0]
+
+
+@pytest.fixture(scope="module")
+def base():
+    """Setting and weights of the tiny model."""
+    setting = assemble.setting(parse("sft"))
+    with jax.set_mesh(setting.mesh):
+        return setting, assemble.base(setting)
+
+
+def initial(base, config) -> dict:
+    setting, params = dataclasses.replace(base[0], config=config), base[1]
+    if config.lora.rank != base[0].config.lora.rank:
+        setting = assemble.setting(config)
+    with jax.set_mesh(setting.mesh):
+        return assemble.initial(setting, params)
+
+
+def finished(base, directory: Path, config, **meta: object) -> tuple[Path, dict]:
+    """A run that has trained: every trained weight is one more than it was. Returns it and those weights."""
+    setting = dataclasses.replace(base[0], config=config)
+    with jax.set_mesh(setting.mesh), checkpoint.Checkpoints(directory / "checkpoints", 1) as saved:
+        state, _, _ = update.start(config, assemble.initial(setting, base[1]))
+        state = state.replace(trained=jax.tree.map(lambda x: x + 1, state.trained))
+        saved.save(1, state, train.identity(config) | meta, metric=None)
+    return directory, jax.tree.map(np.asarray, state.trained)
+
+
+def test_adapters_of_sft_start_dpo_and_grpo(base, tmp_path):
+    run, trained = finished(base, tmp_path, parse("sft"))
+    for algorithm in ("dpo", "grpoz"):
+        start = initial(base, parse(algorithm, f"--config.init_from={run}"))
+        jax.tree.map(np.testing.assert_array_equal, start["lora"], trained["lora"])
+        jax.tree.map(np.testing.assert_array_equal, start["params"], base[1])  # the reference stays the base
+
+
+def test_fully_fine_tuned_weights_start_full_fine_tuning(base, tmp_path):
+    run, trained = finished(base, tmp_path, parse("sft", NORM))
+    start = initial(base, parse("grpo", NORM, "--config.grpo.beta_kl=0", f"--config.init_from={run}"))
+    scale = start["params"]["language_model"]["norm"]["scale"]
+    np.testing.assert_array_equal(scale, trained["params"]["language_model"]["norm"]["scale"])
+    np.testing.assert_array_equal(scale, base[1]["language_model"]["norm"]["scale"] + 1)
+    np.testing.assert_array_equal(start["params"]["language_model"]["lm_head"], base[1]["language_model"]["lm_head"])
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later", "meta", "message"),
+    [
+        (
+            [],
+            ["--config.lora.rank=4", "--config.lora.alpha=8"],
+            {},
+            "lora.rank is 8 there and 4 here; lora.alpha is 16",
+        ),
+        ([], [], {"base": "another"}, "it was trained on another base than model.checkpoint"),
+        ([NORM], [], {}, "params/language_model/norm/scale, which optim.train=('lora/.*',) freezes"),
+        ([], [NORM], {}, "it trained lora/language_model/layers/"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(base, tmp_path, earlier, later, meta, message):
+    run, _ = finished(base, tmp_path, parse("sft", *earlier), **meta)
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        initial(base, parse("sft", *later, f"--config.init_from={run}"))
+    assert "\n" not in str(caught.value)
+    assert f"init_from={run}" in str(caught.value)
+
+
+def test_a_directory_without_a_checkpoint_is_named(base, tmp_path):
+    with pytest.raises(ConfigError, match=f"no checkpoint in {tmp_path}"):
+        initial(base, parse("sft", f"--config.init_from={tmp_path}"))
