@@ -7,7 +7,7 @@ python -m ambijax.tables --lab --out runs/lab
 # Row of a table -> (config file, what it changes there). No steps: the start is evaluated as it is.
 METHODS = {
     "base": ("sft", {"steps": 0}),
-    "Audio-Reasoner": ("sft", {"steps": 0, "prompt.style": "audio_reasoner"}),  # --audio_reasoner: its checkpoint
+    "Audio-Reasoner": ("audio_reasoner", {}),  # its own checkpoint: --audio_reasoner; its own way to ask
     "SFT": ("sft", {}),
     "DPO": ("dpo", {}),
     "GRPO": ("grpo", {}),
