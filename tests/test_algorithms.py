@@ -40,7 +40,7 @@ from tests import small
 from tests.test_prompt import train
 
 CONFIGS = {"sft": sft, "dpo": dpo, "grpo": grpo, "grpoz": grpoz}
-PROMPTS = 8
+PROMPTS = 16
 COTS = [Reasoning(f"slow {i}", "a plain statement", "soft and falling", "sad" * (1 + i)).render() for i in range(4)]
 
 
@@ -74,7 +74,7 @@ def make(vocabulary: prompt.Vocabulary, algorithm: str, *, devices: int = 1, **c
 
 
 def batch_for(setting: Setting) -> Batch:
-    """Eight prompts; the fourth has no chain of thought."""
+    """Sixteen prompts; the fourth has no chain of thought."""
     rng = np.random.default_rng(0)
     utterances = [
         Utterance(f"u{i}", "", "well " * (i % 3), "s", 0, {CREMAD[i % 6]: 3, CREMAD[(i + 2) % 6]: i}, cot=COTS[i % 4])
@@ -137,16 +137,23 @@ def gradient(setting: Setting, parts: tuple) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize(
-    "algorithm",
-    ["sft", pytest.param("dpo", marks=pytest.mark.slow), pytest.param("grpo", marks=pytest.mark.slow), "grpoz"],
+    ("algorithm", "devices", "parts"),
+    [
+        ("sft", 1, 4),
+        ("grpoz", 1, 4),
+        pytest.param("dpo", 1, 4, marks=pytest.mark.slow),
+        pytest.param("grpo", 1, 4, marks=pytest.mark.slow),
+        pytest.param("sft", 8, 2, marks=pytest.mark.slow),
+        pytest.param("grpoz", 8, 2, marks=pytest.mark.slow),
+    ],
 )
-def test_parts_equal_the_whole_batch(vocabulary, algorithm):
+def test_parts_equal_the_whole_batch(vocabulary, algorithm, devices, parts):
     # A peer scales this model's loss by the number of parts: the gradient would be four times too large here.
-    whole = make(vocabulary, algorithm)
-    in_parts = make(vocabulary, algorithm, optim__accumulate=4)
+    whole = make(vocabulary, algorithm, devices=devices)
+    in_parts = make(vocabulary, algorithm, devices=devices, optim__accumulate=parts)
     (one,), measured, samples = collect(whole)
     four, measured_in_parts, samples_in_parts = collect(in_parts)
-    assert len(four) == 4
+    assert len(four) == parts
     assert measured == pytest.approx(measured_in_parts, abs=1e-6)
     for group, same in zip(samples, samples_in_parts, strict=True):
         assert [member.get("text") for member in group] == [member.get("text") for member in same]
@@ -439,7 +446,7 @@ def test_all_that_is_trained_moves_and_the_rest_is_bit_equal(vocabulary, algorit
     [
         ("dpo", {"optim__train": FULL}, "optim.train reaches base weights, but the reference policy is the base"),
         ("grpoz", {"optim__train": FULL}, "or set grpo.beta_kl=0"),
-        ("sft", {"optim__accumulate": 3}, "optim.accumulate=3 must divide data.batch_size=8"),
+        ("sft", {"optim__accumulate": 3}, "optim.accumulate=3 must divide data.batch_size=16"),
         ("sft", {"loss__lambda_ce": 0.0, "loss__lambda_kl": 0.0}, "nothing to learn"),
         ("sft", {"prompt__style": "audio_reasoner"}, "is for evaluation"),
         ("dpo", {"lora__dropout": 0.1, "dpo__tau": 1.0}, "dpo.tau=1.0 must be in.*lora.dropout=0.1 must be 0"),
