@@ -81,7 +81,7 @@ def batch_for(setting: Setting) -> Batch:
         for i in range(PROMPTS)
     ]
     utterances[3] = dataclasses.replace(utterances[3], cot="")
-    frames = rng.integers(12, 32, PROMPTS)
+    frames = rng.integers(12, 30, PROMPTS)
     live = assemble.trains_tower(setting.config)
     width = (32, 8) if live else (8, 32)
     sounds = {
