@@ -467,3 +467,23 @@ def test_trained_weights_are_float32(vocabulary):
         state, frozen, _ = update.start(setting.config, variables)
     assert {x.dtype for x in jax.tree.leaves(state.trained)} == {jnp.dtype("float32")}
     assert {x.dtype for x in jax.tree.leaves(frozen["params"])} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.slow
+def test_split_class_words_are_rolled_out_scored_and_learned(vocabulary):
+    v = dataclasses.replace(vocabulary, class_words=tuple((*word, 7) for word in vocabulary.class_words))
+    setting = make(v, "grpoz")
+    variables = placed(setting)
+    (group,), _, samples = collect(setting)
+    with jax.set_mesh(setting.mesh):
+        loss, aux = algorithms.group_loss(setting, variables, group, {})
+        one = setting.score(variables, group.prompt, group.completions, {})
+    single = setting.config.grpo.samples
+    phat = softmax(np.asarray(one.readout, np.float64)[:, single], -1)
+    expected = rel_entr(np.asarray(group.target, np.float64), phat).sum(-1)
+    np.testing.assert_allclose(aux["loss/kl"], expected, rtol=1e-4, atol=1e-5)
+    assert np.all(np.asarray(one.readout)[:, single] < 0)  # log-probabilities of whole words
+    assert np.all(np.isfinite(loss))
+    for members in samples:
+        for member in members[:-1]:
+            assert sum(member["readout"]) == pytest.approx(1)

@@ -3,8 +3,12 @@
 That its commands parse is tested with those of all pages (test_docs.py).
 """
 
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +46,22 @@ def test_every_choice_of_method_md_has_an_override():
         assert key in method
         assert key in keys
     assert len(OVERRIDES) >= 35
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_asked_in_the_style_of_audio_reasoner(tmp_path):
+    # The tiny model does not know the format; the path from prompt to forced read-out is what is tested.
+    root = Path(__file__).parents[1]
+    command = ["ambijax.evaluate", "--checkpoint=ambijax/tiny", "--config=configs/audio_reasoner.py:tiny"]
+    small = {"root": tmp_path / "corpus", "speakers": 5, "clips_per_speaker": 2, "max_tokens": 24}
+    overrides = [f"--config.data.{key}={value}" for key, value in small.items()]
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run(
+        [sys.executable, "-m", *command, *overrides, f"--workdir={tmp_path / 'run'}"], cwd=root, env=env, check=True
+    )
+    lines = (tmp_path / "run/eval/test/predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    for record in map(json.loads, lines):
+        assert record["forced"] == 1
+        assert record["format"] == 0
+        assert sum(record["readout"]) == pytest.approx(1)

@@ -294,6 +294,20 @@ def test_masked_equals_subset(rows):
         np.testing.assert_allclose(got, value, rtol=1e-5, atol=1e-7)
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.booleans(), min_size=48, max_size=48), st.sampled_from([1, 2, 4]))
+def test_a_batch_in_parts_is_the_whole_batch(bits, parts):
+    # Four prompts of two completions of six tokens. A token mean of each part would weigh a short part's tokens up.
+    mask = np.array(bits).reshape(4, 2, 6)
+    x = log_probs(0, 4, 2, 6)
+    for how in ("sequence_mean", "token_mean", "constant_length"):
+        f = functools.partial(losses.aggregate, how=how, tokens=mask.sum() / 4, max_length=10)
+        pieces = zip(np.split(x, parts), np.split(mask, parts), strict=True)
+        np.testing.assert_allclose(np.mean([f(a, b).mean() for a, b in pieces]), f(x, mask).mean(), rtol=1e-5)
+    if mask.any():
+        np.testing.assert_allclose(f(x, mask, how="token_mean").mean(), x[mask].mean(), rtol=1e-5)
+
+
 @pytest.mark.parametrize("how", ["sequence_mean", "token_mean", "constant_length"])
 @pytest.mark.parametrize(
     ("mask", "advantage"), [(0, 1.0), (0, -1.0), (1, 0.0)], ids=["no token", "no token", "no variance"]
