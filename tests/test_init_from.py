@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from ambijax import assemble, checkpoint, settings, train, update
+from ambijax import assemble, checkpoint, convert, settings, update
 from ambijax.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(
@@ -43,7 +43,8 @@ def finished(base, directory: Path, config, **meta: object) -> tuple[Path, dict]
     with jax.set_mesh(setting.mesh), checkpoint.Checkpoints(directory / "checkpoints", 1) as saved:
         state, _, _ = update.start(config, assemble.initial(setting, base[1]))
         state = state.replace(trained=jax.tree.map(lambda x: x + 1, state.trained))
-        saved.save(1, state, train.identity(config) | meta, metric=None)
+        about = {"lora": config.lora.to_dict(), "base": convert.digest(config.model.checkpoint)} | meta
+        saved.save(1, state, about, metric=None)
     return directory, jax.tree.map(np.asarray, state.trained)
 
 
