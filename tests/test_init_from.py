@@ -37,7 +37,7 @@ def initial(base, config) -> dict:
         return assemble.initial(setting, params)
 
 
-def finished(base, directory: Path, config, **meta: object) -> tuple[Path, dict]:
+def finished(base, directory: Path, config, meta: dict) -> tuple[Path, dict]:
     """A run that has trained: every trained weight is one more than it was. Returns it and those weights."""
     setting = dataclasses.replace(base[0], config=config)
     with jax.set_mesh(setting.mesh), checkpoint.Checkpoints(directory / "checkpoints", 1) as saved:
@@ -49,7 +49,7 @@ def finished(base, directory: Path, config, **meta: object) -> tuple[Path, dict]
 
 
 def test_adapters_of_sft_start_dpo_and_grpo(base, tmp_path):
-    run, trained = finished(base, tmp_path, parse("sft"))
+    run, trained = finished(base, tmp_path, parse("sft"), {})
     for algorithm in ("dpo", "grpoz"):
         start = initial(base, parse(algorithm, f"--config.init_from={run}"))
         jax.tree.map(np.testing.assert_array_equal, start["lora"], trained["lora"])
@@ -57,7 +57,7 @@ def test_adapters_of_sft_start_dpo_and_grpo(base, tmp_path):
 
 
 def test_fully_fine_tuned_weights_start_full_fine_tuning(base, tmp_path):
-    run, trained = finished(base, tmp_path, parse("sft", NORM))
+    run, trained = finished(base, tmp_path, parse("sft", NORM), {})
     start = initial(base, parse("grpo", NORM, "--config.grpo.beta_kl=0", f"--config.init_from={run}"))
     scale = start["params"]["language_model"]["norm"]["scale"]
     np.testing.assert_array_equal(scale, trained["params"]["language_model"]["norm"]["scale"])
@@ -80,7 +80,7 @@ def test_fully_fine_tuned_weights_start_full_fine_tuning(base, tmp_path):
     ],
 )
 def test_what_does_not_fit_is_one_line(base, tmp_path, earlier, later, meta, message):
-    run, _ = finished(base, tmp_path, parse("sft", *earlier), **meta)
+    run, _ = finished(base, tmp_path, parse("sft", *earlier), meta)
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         initial(base, parse("sft", *later, f"--config.init_from={run}"))
     assert "\n" not in str(caught.value)

@@ -355,9 +355,9 @@ def test_anchored_completions_read_out_as_the_roll_out_did(model, variables):
         jax.random.key(0),
         ends_line,
         tokens=tokens,
-        samples=8,
+        samples=16,
         max_tokens=N,
-        temperature=0.7,
+        temperature=0.3,
     )
     assert 0 < rolled.forced.sum() < rolled.forced.size
     assert len({*np.asarray(rolled.completions.mask.sum(-1)).ravel().tolist()}) > 3
