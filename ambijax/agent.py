@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -73,6 +73,22 @@ class Setting:
             max_tokens=self.config.data.max_tokens,
             temperature=temperature,
         )
+        return self._whole_words(variables, asked, rolled)
+
+    def stream(self, variables: dict, asked: object, chunk: int) -> Iterator[Rollout]:
+        """`policy.stream` with this run's settings."""
+        rolls = policy.stream(
+            self.model,
+            variables,
+            asked,
+            self.ends_line,
+            tokens=self.tokens,
+            max_tokens=self.config.data.max_tokens,
+            chunk=chunk,
+        )
+        return (self._whole_words(variables, asked, rolled) for rolled in rolls)
+
+    def _whole_words(self, variables: dict, asked: object, rolled: Rollout) -> Rollout:
         if not self.vocabulary.split:
             return rolled
         anchored = policy.anchored(rolled, self.tokens)

@@ -8,7 +8,7 @@
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -117,6 +117,31 @@ class Model:
             ]
         return predictions
 
+    def stream(self, clip: str | Path | np.ndarray, transcript: str = "", *, chunk: int = 4) -> Iterator[Prediction]:
+        """Listens to one clip and shows the prediction as it comes about.
+
+        Args:
+          clip, transcript: see `predict`.
+          chunk: tokens between two looks.
+
+        Yields:
+          the reasoning so far, and what the model would answer if it had to answer now; the last is `predict`'s.
+
+        Raises:
+          DataError: the clip cannot be heard.
+        """
+        sound = audio.check(clip, audio.SAMPLE_RATE, "clip") if isinstance(clip, np.ndarray) else audio.load(clip)
+        setting = self.setting
+        with jax.set_mesh(setting.mesh):
+            rolls = setting.stream(self.variables, self._asked([sound], [transcript]), chunk)
+        while True:
+            with jax.set_mesh(setting.mesh):  # not around the yield: it would be set for whoever is shown this
+                rolled = next(rolls, None)
+            if rolled is None:
+                return
+            texts, readout = agent.read(setting, sharding.fetch(rolled))
+            yield self._prediction(texts[0], readout[0], rolled.forced[0])
+
     def _asked(self, heard: Sequence[np.ndarray], transcripts: Sequence[str]) -> object:
         """The prompts of some clips on the mesh, filled up to a power of two: few shapes are ever compiled."""
         c, v = self.setting.config, self.setting.vocabulary
@@ -212,6 +237,7 @@ def about(config: FrozenConfigDict) -> dict:
     return {
         "format": FORMAT,
         "labels": list(c.data.labels),
+        "system": reasoning.STYLES[style].system,
         "instruction": ask,
         "anchor": prompt.ANCHOR,
         "cot": c.data.cot,

@@ -8,6 +8,7 @@ log-probability comes from the hidden state before it, so the first one comes fr
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -237,7 +238,7 @@ def _finish(w: _Writer, s: _Decoding) -> Rollout:
     last_slot = (own_anchor & (s.anchor == s.t - 1))[..., None]  # no step followed that could keep its logits
     class_logits = jnp.where(last_slot, w.logits(s.hidden)[..., class_ids], s.readout)
     ended = jnp.any(s.tokens == w.tokens.end, axis=-1)
-    length = jnp.where(ended, jnp.argmax(s.tokens == w.tokens.end, axis=-1), n)  # without the end token
+    length = jnp.where(ended, jnp.argmax(s.tokens == w.tokens.end, axis=-1), s.t)  # without the end token
 
     def force(_: None) -> jax.Array:
         appended = jnp.broadcast_to(jnp.array(w.tokens.forced), (b, g, len(w.tokens.forced)))
@@ -328,3 +329,61 @@ def _start(read: _Read, tokens: Tokens, b: int, g: int, n: int) -> _Decoding:
         logp=jnp.zeros((b, g, n), jnp.float32),
         readout=jnp.zeros((b, g, len(tokens.classes)), jnp.float32),
     )
+
+
+def stream(
+    model: Qwen2Audio,
+    variables: dict,
+    prompt: Prompt,
+    ends_line: jax.Array,
+    *,
+    tokens: Tokens,
+    max_tokens: int,
+    chunk: int,
+) -> Iterator[Rollout]:
+    """Greedy decoding, seen while it happens: `rollout` with one sample and temperature 0, stopped every few tokens.
+
+    Args:
+      model, variables, prompt, ends_line, tokens, max_tokens: see `rollout`.
+      chunk: tokens between two looks.
+
+    Yields:
+      what is written so far. Its read-out is the one after that much reasoning, forced unless it came to its answer;
+      the last one is `rollout`'s.
+    """
+    read, s = _begin(model, variables, prompt, tokens=tokens, max_tokens=max_tokens)
+    over = False
+    while not over:
+        s, rolled = _advance(model, variables, read, s, ends_line, tokens=tokens, chunk=chunk)
+        over = bool(s.done.all()) or int(s.t) == max_tokens
+        yield rolled
+
+
+@functools.partial(jax.jit, static_argnames=("model", "tokens", "max_tokens"))
+def _begin(
+    model: Qwen2Audio, variables: dict, prompt: Prompt, *, tokens: Tokens, max_tokens: int
+) -> tuple[_Read, _Decoding]:
+    read = _read(model, variables, prompt, {})
+    return read, _start(read, tokens, len(prompt.tokens), 1, max_tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "tokens", "chunk"))
+def _advance(
+    model: Qwen2Audio,
+    variables: dict,
+    read: _Read,
+    s: _Decoding,
+    ends_line: jax.Array,
+    *,
+    tokens: Tokens,
+    chunk: int,
+) -> tuple[_Decoding, Rollout]:
+    writer = _Writer(model, variables, read, model.apply(variables, method="head"), tokens, ends_line)
+    until = jnp.minimum(s.t + chunk, s.tokens.shape[-1])
+
+    def step(s: _Decoding) -> _Decoding:
+        logits = writer.logits(s.hidden)
+        return _append(writer, s, logits, *_draw(logits, None, s.t, 0.0))
+
+    s = jax.lax.while_loop(lambda s: (s.t < until) & ~jnp.all(s.done), step, s)
+    return s, _finish(writer, s)

@@ -62,6 +62,8 @@ RULES = {
     "seed": _whole(0, 2**31 - 1),
     "steps": _whole(0),  # 0 evaluates the start
     "log_every": _whole(1),
+    "tracker": _one_of("", "tensorboard", "wandb", "trackio"),
+    "tracker_audio": _FLAG,
     "watchdog_seconds": _real(0),
     "init_from": Rule(lambda v: v == "" or _is_name(v), "a run directory, or empty"),
     "model.checkpoint": _PATH,

@@ -15,6 +15,7 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -22,7 +23,19 @@ import optax
 import tqdm
 from ml_collections import FrozenConfigDict
 
-from ambijax import algorithms, assemble, checkpoint, errors, evaluate, hosts, optim, preflight, settings, workdir
+from ambijax import (
+    algorithms,
+    assemble,
+    checkpoint,
+    errors,
+    evaluate,
+    hosts,
+    optim,
+    preflight,
+    settings,
+    trackers,
+    workdir,
+)
 from ambijax.agent import Setting
 from ambijax.algorithms import ALGORITHMS
 from ambijax.data import Dataset
@@ -168,8 +181,15 @@ def main() -> None:
     if DRY_RUN in sys.argv:
         print(preflight.plan(preflight.check(config, directory, write=False), directory))
         return
-    with hosts.cluster(**config.hosts), workdir.lock(directory) if hosts.is_main() else contextlib.nullcontext():
+    with hosts.cluster(**config.hosts), _alone(config, directory) if hosts.is_main() else contextlib.nullcontext():
         train(config, directory)
+
+
+@contextlib.contextmanager
+def _alone(config: FrozenConfigDict, directory: Path) -> Iterator[None]:
+    """What the main process does for all of them: it holds the directory, and tells a tracker."""
+    with workdir.lock(directory), trackers.following(config, directory):
+        yield
 
 
 if __name__ == "__main__":

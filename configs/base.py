@@ -98,6 +98,8 @@ def get_config(corpus: str) -> ConfigDict:
 
     c.log_every = 10  # steps
     c.watchdog_seconds = 1800.0  # a step that takes longer leaves all stacks in stacks.txt; 7B compiles in minutes
+    c.tracker = ""  # tensorboard | wandb | trackio: sends metrics and a table of predictions there, too
+    c.tracker_audio = False  # with sounds, transcripts and reasonings; IEMOCAP's licence forbids that
 
     variants = {"tiny": _tiny, "tiny_iemocap": _tiny_iemocap, "cremad": _cremad, "iemocap": _iemocap}
     if corpus not in variants:

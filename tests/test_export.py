@@ -23,7 +23,7 @@ import ambijax
 from ambijax import assemble, checkpoint, export, peft, settings
 from ambijax.errors import ConfigError
 from ambijax.model.config import LoraConfig
-from tests import trained
+from tests import hub_server, trained
 
 pytestmark = pytest.mark.skipif(not (trained.TINY / "model.safetensors").exists(), reason="not in this checkout")
 ROOT = Path(__file__).parents[1]
@@ -257,6 +257,42 @@ def test_refusals(run, tower, full, tmp_path):
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out").exists()
         assert not list(tmp_path.glob("*.partial"))
+
+
+def push(run: Path, out: Path, address: str, **environment: str) -> subprocess.CompletedProcess:
+    """The command with --push against a hub at `address`."""
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "HF_HUB_OFFLINE", "HF_TOKEN")} | environment
+    env |= {"HF_ENDPOINT": address, "HF_HOME": str(out.parent / "hf"), "JAX_PLATFORMS": "cpu"}
+    env["HF_HUB_DISABLE_XET"] = "1"  # the hub's own storage protocol, which no small server speaks
+    command = [sys.executable, "-m", "ambijax.export", "--run", run, "--format", "peft", "--out", out]
+    return subprocess.run([*command, "--push", "me/x"], env=env, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_push_to_a_hub(run, tmp_path):
+    pytest.importorskip("huggingface_hub")
+    with hub_server.serve() as (hub, address):
+        done = push(run, tmp_path / "out", address, HF_TOKEN=hub_server.TOKEN)
+        assert done.returncode == 0, done.stderr
+        assert f"pushed to {address}/me/x" in done.stdout
+        assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert [repository["name"] for repository in hub.created] == ["x"]
+        assert "private" in (hub.created[0].get("visibility"), *(k for k, v in hub.created[0].items() if v is True))
+        said = done.stdout + done.stderr
+
+        hub.refuse = 403
+        done = push(run, tmp_path / "again", address, HF_TOKEN=hub_server.TOKEN)
+        assert done.returncode == 2
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert "again is written, but not pushed to me/x: " in done.stderr
+        assert (tmp_path / "again/SHA256SUMS").is_file()
+        assert hub_server.TOKEN not in said + done.stdout + done.stderr
+
+        asked = len(hub.requests)
+        done = push(run, tmp_path / "third", address)
+        assert done.returncode == 2
+        assert done.stderr == "ambijax: --push needs a token with write access in the environment variable HF_TOKEN\n"
+        assert not (tmp_path / "third").exists()
+        assert len(hub.requests) == asked
 
 
 KILLED = """

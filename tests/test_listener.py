@@ -1,0 +1,235 @@
+"""A model that listens: the same numbers in whatever form and batch, and streamed; the predict command."""
+
+import csv
+import io
+import itertools
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import ambijax
+from ambijax import audio, errors, export, listing, policy, predict
+from ambijax.errors import ConfigError, DataError
+from tests import small, trained
+
+tiny = pytest.mark.skipif(not (trained.TINY / "model.safetensors").exists(), reason="not in this checkout")
+pytestmark = tiny
+LABELS = ("anger", "happiness", "sadness", "neutral", "disgust", "fear")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return trained.make(tmp_path_factory.mktemp("lora") / "run", "--config.data.max_tokens=24")
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return ambijax.load(run)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> list[Path]:
+    """Eight clips, the last longer than the run's largest window."""
+    return trained.wavs(tmp_path_factory.mktemp("wav"), (0.9, 1.6, 2.2, 1.1, 0.4, 1.9, 1.3, 3.1))
+
+
+@pytest.fixture(scope="module")
+def whole(model, clips):
+    """All clips in one batch."""
+    return model.predict(clips, batch_size=8)
+
+
+def same(found, expected) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert (a.reasoning, a.forced) == (b.reasoning, b.forced)
+        np.testing.assert_allclose([*a.distribution.values()], [*b.distribution.values()], atol=1e-5)
+        np.testing.assert_allclose(a.entropy, b.entropy, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_batch_size_changes_nothing(model, clips, whole, size):
+    assert len({p.reasoning for p in whole}) > 2  # else one could be another's
+    same(model.predict(clips, batch_size=size), whole)
+
+
+def test_one_clip_one_prediction(model, clips, whole):
+    sound = audio.load(clips[2])
+    for clip in (clips[2], str(clips[2]), sound):
+        same([model.predict(clip)], [whole[2]])
+    same([model.predict(clips[2], "")], [whole[2]])
+    p = np.array([*whole[2].distribution.values()])
+    assert [*whole[2].distribution] == [*LABELS]
+    np.testing.assert_allclose(p.sum(), 1, atol=1e-6)
+    np.testing.assert_allclose(whole[2].entropy, -(p * np.log2(p)).sum(), atol=1e-5)
+
+
+def test_a_transcript_is_read(model, clips, whole):
+    said = model.predict(clips[0], "It was a long day.")
+    assert said.distribution != whole[0].distribution
+
+
+def test_samples_depend_on_the_clip_alone(model, clips):
+    options = {"samples": 3, "seed": 5}
+    together = model.predict(clips[:4], batch_size=4, **options)
+    same(model.predict(clips[:4][::-1], batch_size=2, **options)[::-1], together)
+    assert model.predict(clips[0], samples=3, seed=6).distribution != together[0].distribution
+
+
+def test_every_form_of_a_model_says_the_same(run, clips, whole, tmp_path):
+    export.export(run, "peft", tmp_path / "peft")
+    export.export(run, "merged", tmp_path / "merged")
+    same(ambijax.load(tmp_path / "peft").predict(clips[:2]), whole[:2])
+    same(ambijax.load(tmp_path / "merged").predict(clips[:2]), whole[:2])
+    base = ambijax.load(run, base=True).predict(clips[0])
+    same([ambijax.load(tmp_path / "peft", base=True).predict(clips[0])], [base])
+    assert np.abs(np.subtract([*base.distribution.values()], [*whole[0].distribution.values()])).max() > 0.01
+
+
+def test_a_stream_ends_in_the_prediction(model, clips, whole):
+    seen = list(model.stream(clips[1], chunk=5))
+    same(seen[-1:], whole[1:2])
+    assert len(seen) == 5  # 24 tokens
+    for earlier, later in itertools.pairwise(seen):
+        assert len(later.reasoning) >= len(earlier.reasoning)
+        np.testing.assert_allclose(sum(later.distribution.values()), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 50])
+def test_streaming_is_the_rollout_stopped_and_resumed(chunk):
+    m = small.model()
+    variables, asked = small.variables(m), small.prompts(3)
+    given = {"tokens": small.TOKENS, "max_tokens": 12}
+    rolls = list(policy.stream(m, variables, asked, small.ENDS_LINE, chunk=chunk, **given))
+    expected = policy.rollout(
+        m, variables, asked, jax.random.key(0), small.ENDS_LINE, samples=1, temperature=0.0, **given
+    )
+    np.testing.assert_array_equal(rolls[-1].completions.tokens, expected.completions.tokens)
+    np.testing.assert_array_equal(rolls[-1].forced, expected.forced)
+    np.testing.assert_allclose(rolls[-1].readout, expected.readout, atol=1e-5)
+    assert len(rolls) == -(-12 // chunk)
+    # In between: what a roll-out that has to stop there would be read out as.
+    if chunk == 3:
+        short = policy.rollout(
+            m,
+            variables,
+            asked,
+            jax.random.key(0),
+            small.ENDS_LINE,
+            samples=1,
+            temperature=0.0,
+            tokens=small.TOKENS,
+            max_tokens=6,
+        )
+        np.testing.assert_allclose(rolls[1].readout, short.readout, atol=1e-5)
+
+
+def test_what_cannot_be_opened_is_named(run, tmp_path):
+    export.export(run, "peft", tmp_path / "peft", base_model="somebody/elsewhere")
+    (tmp_path / "empty").mkdir()
+    for opened, options, message in (
+        (tmp_path / "empty", {}, "no run directory, export or checkpoint"),
+        (trained.TINY, {}, "does not say which emotions to choose from"),
+        (trained.TINY, {"labels": LABELS, "base": True}, "is a whole checkpoint without adapters"),
+        (trained.TINY, {"labels": ("happiness", "schadenfreude")}, "one token each"),
+        (tmp_path / "peft", {}, "adapts 'somebody/elsewhere', which is not here"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            ambijax.load(opened, **options)
+    assert ambijax.load(tmp_path / "peft", checkpoint=trained.TINY).setting.vocabulary.labels == LABELS
+
+
+def test_a_bare_checkpoint_listens(clips):
+    bare = ambijax.load(trained.TINY, labels=("neutral", "anger"))
+    assert [*bare.predict(clips[0]).distribution] == ["neutral", "anger"]
+
+
+# --- listing
+
+
+def test_listing(tmp_path, monkeypatch):
+    files = trained.wavs(tmp_path / "a/b", (0.1, 0.1))
+    shutil.copy(files[0], tmp_path / "a/z.WAV")
+    for ignored in ("a/._z.wav", "a/notes.txt"):
+        (tmp_path / ignored).write_bytes(b"x")
+    (tmp_path / "t.csv").write_text("transcript,path\nhello,a/z.WAV\n,missing.wav\n")
+    columns = ("path", "transcript")
+    found = [tmp_path / "a/b/clip0.wav", tmp_path / "a/b/clip1.wav", tmp_path / "a/z.WAV"]
+    assert [c.path for c in listing.clips([str(tmp_path / "a")], columns)] == found
+    assert [c.path for c in listing.clips([str(tmp_path / "a/**/*.wav")], columns)] == found[:2]
+    table = list(listing.clips([str(tmp_path / "t.csv")], columns))
+    assert table == [listing.Clip(tmp_path / "a/z.WAV", "hello"), listing.Clip(tmp_path / "missing.wav")]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{found[1]}\n\n{tmp_path / 't.csv'}\n"))
+    assert [c.path for c in listing.clips(["-"], columns)] == [found[1], *(c.path for c in table)]
+    for name, message in ((tmp_path / "a/b/*.flac", "no sound file"), (tmp_path / "t.csv", "no column 'audio'")):
+        with pytest.raises(DataError, match=message):
+            list(listing.clips([str(name)], ("audio", "transcript")))
+
+
+# --- command
+
+
+def command(monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
+    try:
+        errors.run(predict.main)
+    except SystemExit as left:
+        return left.code
+    return 0
+
+
+def test_one_bad_file_does_not_end_the_job(run, clips, whole, tmp_path, monkeypatch, capsys):
+    bad = tmp_path / "bad.wav"
+    bad.write_bytes(b"RIFF")
+    names = [clips[0], bad, tmp_path / "missing.wav", *clips[1:4]]
+    for out, size in ((tmp_path / "a.csv", 2), (tmp_path / "b.jsonl", 8)):
+        code = command(monkeypatch, "--model", run, *names, "--out", out, "--batch_size", size)
+        said = capsys.readouterr().err
+        assert code == 3
+        assert "bad.wav: " in said
+        assert "missing.wav: no such file" in said
+        assert said.splitlines()[-1] == "ambijax: 2 of 6 clips could not be heard, see above; the others are done"
+    lines = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["audio"] for r in rows] == [r["audio"] for r in lines] == [str(n) for n in names]
+    assert [bool(r["error"]) for r in rows] == ["error" in r for r in lines] == [False, True, True, False, False, False]
+    for row, line, expected in zip(rows[:1] + rows[3:], lines[:1] + lines[3:], whole[:4], strict=True):
+        same([predict.Prediction(**{k: v for k, v in line.items() if k != "audio"})], [expected])
+        np.testing.assert_allclose([float(row[f"p.{k}"]) for k in LABELS], [*expected.distribution.values()], atol=1e-5)
+        assert row["reasoning"] == expected.reasoning
+
+
+def test_transcripts_from_a_table(model, run, clips, tmp_path, monkeypatch, capsys):
+    (tmp_path / "t.csv").write_text(f"file,words\n{clips[0]},It was a long day.\n")
+    assert command(monkeypatch, "--model", run, tmp_path / "t.csv", "--columns", "file,words", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = model.predict(clips[0], "It was a long day.")
+    np.testing.assert_allclose([*found["distribution"].values()], [*expected.distribution.values()], atol=1e-5)
+
+
+def test_mistakes_get_one_line(run, clips, tmp_path, monkeypatch, capsys):
+    (tmp_path / "there.csv").touch()
+    for arguments, message in (
+        (["--model", run, clips[0], "--out", tmp_path / "there.csv"], "that does not exist yet"),
+        (["--model", run, clips[0], "--out", tmp_path / "x.txt"], "must be a .csv or .jsonl file"),
+        (["--model", run, clips[0], "--transcript", "a", "--transcript", "b"], "2 transcripts for 1 clips"),
+        (["--model", run, clips[0], "--samples", "0"], "are positive"),
+        (["--model", tmp_path, clips[0]], "no run directory, export or checkpoint"),
+    ):
+        assert command(monkeypatch, *arguments) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert len(said.strip().splitlines()) == 1
+
+
+def test_a_clip_in_memory_is_guarded(model):
+    with pytest.raises(DataError, match=r"clip 0: .* NaN"):
+        model.predict(np.full(16000, np.nan))
+    sound = 0.1 * np.random.default_rng(0).standard_normal(16000)
+    with pytest.raises(ConfigError, match="2 transcripts for 1 clips"):
+        model.predict([sound], ["a", "b"])
