@@ -187,7 +187,8 @@ def test_an_example_is_shown_with_its_listeners(page, model, clip):
     assert page.locator("#transcript").input_value() == "It was a long day."
     widths = [bar.get_attribute("style") for bar in page.locator(".bar .human").all()]
     assert widths[0] == "width: 75%;"
-    assert page.locator("#reasoning").inner_text().split() == expected.reasoning.split()
+    words = page.locator("#reasoning").inner_text().replace(":", "").split()
+    assert words == expected.reasoning.replace(":", "").split()
     assert page.locator("#play").is_enabled()
 
 
