@@ -37,6 +37,8 @@ def test_clusters_are_drawn_whole():
     values, speakers = np.array([0, 0, 0, 1.0]), np.array(["a", "a", "a", "b"])
     low, high = significance.interval(values, seed=0, samples=2000, level=0.98, clusters=speakers)
     assert (low, high) == (0, 1)
+    # The middle 40 % are the 1/4: a mean over utterances, not over speakers, which would be 1/2.
+    assert significance.interval(values, seed=0, samples=2000, level=0.4, clusters=speakers) == (0.25, 0.25)
     assert significance.interval(values, seed=0, samples=2000, level=0.98)[1] < 1
 
 
