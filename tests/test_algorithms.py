@@ -140,11 +140,10 @@ def gradient(setting: Setting, parts: tuple) -> tuple[dict, dict]:
     ("algorithm", "devices", "parts"),
     [
         ("sft", 1, 4),
-        ("grpoz", 1, 4),
-        pytest.param("dpo", 1, 4, marks=pytest.mark.slow),
-        pytest.param("grpo", 1, 4, marks=pytest.mark.slow),
-        pytest.param("sft", 8, 2, marks=pytest.mark.slow),
-        pytest.param("grpoz", 8, 2, marks=pytest.mark.slow),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("dpo", 1, 4), ("grpo", 1, 4), ("grpoz", 1, 4), ("sft", 8, 2), ("grpoz", 8, 2)]
+        ),
     ],
 )
 def test_parts_equal_the_whole_batch(vocabulary, algorithm, devices, parts):
@@ -408,19 +407,18 @@ def test_split_class_words_are_left_out_whole(vocabulary):
 LORA, FULL = ("lora/.*",), ("params/.*",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "changes", "trained"),
     [
+        ("sft", {"lora__audio_tower": True}, LORA),
+        ("dpo", {"lora__audio_tower": True}, LORA),
+        ("grpo", {"lora__audio_tower": True}, LORA),
         ("grpoz", {"lora__audio_tower": True}, LORA),
         ("sft", {"optim__train": FULL}, FULL),
-        pytest.param("sft", {"lora__audio_tower": True}, LORA, marks=pytest.mark.slow),
-        pytest.param("dpo", {"lora__audio_tower": True}, LORA, marks=pytest.mark.slow),
-        pytest.param("grpo", {"lora__audio_tower": True}, LORA, marks=pytest.mark.slow),
-        pytest.param("grpo", {"optim__train": FULL, "grpo__beta_kl": 0.0}, FULL, marks=pytest.mark.slow),
-        pytest.param("grpoz", {"optim__train": FULL, "grpo__beta_kl": 0.0}, FULL, marks=pytest.mark.slow),
-        pytest.param(
-            "sft", {"optim__train": ("params/language_model/.*",)}, ("params/lang.*",), marks=pytest.mark.slow
-        ),
+        ("grpo", {"optim__train": FULL, "grpo__beta_kl": 0.0}, FULL),
+        ("grpoz", {"optim__train": FULL, "grpo__beta_kl": 0.0}, FULL),
+        ("sft", {"optim__train": ("params/language_model/.*",)}, ("params/language_model/.*",)),
     ],
 )
 def test_all_that_is_trained_moves_and_the_rest_is_bit_equal(vocabulary, algorithm, changes, trained):
