@@ -61,7 +61,7 @@ def _definition(node: ast.FunctionDef | ast.ClassDef, name: str) -> list[str]:
     else:
         returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
         signature = [f"{name}({ast.unparse(node.args)}){returns}"]
-    return [f"#### {name}", "", "```python", *signature, "```", "", *_prose(text), ""]
+    return [f"#### {name}", "", "```text", *signature, "```", "", *_prose(text), ""]
 
 
 def _prose(text: str) -> list[str]:
@@ -72,7 +72,7 @@ def _prose(text: str) -> list[str]:
         example = line.lstrip().startswith(">>>") or (fenced and bool(line.strip()))
         block = not section and line.startswith("    ")
         if (example or block) != fenced:
-            lines += ["```"] if fenced else ["", "```python"]
+            lines += ["```"] if fenced else ["", "```text"]
             fenced = not fenced
         if fenced:
             lines.append(line.removesuffix("  # doctest: +SKIP"))
