@@ -119,7 +119,7 @@ def execute(runs: Sequence[Run], jobs: int) -> list[Run]:
     """
     waiting, failed = [run for run in runs if not done(run)], []
     running: dict[int, _Started] = {}
-    starts = collections.Counter()
+    starts, told = collections.Counter(), False
     with _Signals() as signals:
         while running or (waiting and not signals.leave):
             for job in [job for job, started in running.items() if started.process.poll() is not None]:
@@ -136,9 +136,10 @@ def execute(runs: Sequence[Run], jobs: int) -> list[Run]:
                     waiting.remove(run)
                     starts[run.evaluation] += 1
                     running[job] = _start(run, job, jobs)
-            for started in running.values():
-                if signals.leave:
-                    started.process.terminate()
+            if signals.leave and not told:
+                for started in running.values():
+                    started.process.terminate()  # once: a process that is already leaving must be let go
+                told = True
             time.sleep(POLL)
     if signals.leave:
         raise Preempted(f"{len(waiting)} runs are left; the same command goes on")
