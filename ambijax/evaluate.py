@@ -43,7 +43,7 @@ from ambijax.agent import Setting
 from ambijax.data import Dataset
 from ambijax.errors import ConfigError
 from ambijax.predictions import GREEDY, Decoding
-from ambijax.workdir import check_writable
+from ambijax.workdir import check_writable, replace
 
 COLUMNS = {
     "JS ↓": "js",
@@ -133,7 +133,7 @@ def run(
         "slices": slices.slices(records, **resamples),
         "calibrated": None if temperature is None else calibrated(records, temperature),
     }
-    (hosts.notes(directory) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    replace(hosts.notes(directory) / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 

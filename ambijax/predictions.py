@@ -24,7 +24,20 @@ import jax
 import numpy as np
 import tqdm
 
-from ambijax import agent, assemble, convert, data, hosts, journal, manifest, metrics, prompt, reasoning, sharding
+from ambijax import (
+    agent,
+    assemble,
+    convert,
+    data,
+    hosts,
+    journal,
+    manifest,
+    metrics,
+    prompt,
+    reasoning,
+    sharding,
+    workdir,
+)
 from ambijax.agent import Setting
 from ambijax.data import Dataset
 from ambijax.errors import DataError
@@ -62,21 +75,25 @@ def collect(
       name: of the progress bar.
       decoding: how the model reasons.
       after: records of the split in any order, whose reasonings are read out after instead, one an utterance.
+
+    Raises:
+      ConfigError: another process is writing there, or nobody can.
     """
     size = sharding.round_up(setting.config.eval.batch_size, setting.mesh)
     directory = hosts.notes(directory)
     path = directory / "predictions.jsonl"
-    records = hosts.from_main(_begun(directory, _origin(setting, variables, dataset, decoding, after)))
-    if len(records) < len(dataset):
-        records = records[: len(records) // size * size]
-    else:
-        tqdm.tqdm.write(f"{name}: {len(records)} predictions are in {path} already; remove it to predict anew")
-    path.write_text("".join(map(_line, records)), encoding="utf-8")
-    with path.open("a", encoding="utf-8") as file:
-        for batch in _predict(setting, variables, dataset, name, decoding, after, len(records)):
-            file.writelines(map(_line, batch))
-            file.flush()
-            records += batch
+    with workdir.lock(directory):
+        records = hosts.from_main(_begun(directory, _origin(setting, variables, dataset, decoding, after)))
+        if len(records) < len(dataset):
+            records = records[: len(records) // size * size]
+        else:
+            tqdm.tqdm.write(f"{name}: {len(records)} predictions are in {path} already; remove it to predict anew")
+        workdir.replace(path, "".join(map(_line, records)))
+        with path.open("a", encoding="utf-8") as file:
+            for batch in _predict(setting, variables, dataset, name, decoding, after, len(records)):
+                file.writelines(map(_line, batch))
+                file.flush()
+                records += batch
     return records
 
 
@@ -196,14 +213,13 @@ def _line(record: dict) -> str:
 
 def _begun(directory: Path, wanted: dict) -> list[dict]:
     """What is there of these predictions; whatever else is there is removed."""
-    directory.mkdir(parents=True, exist_ok=True)
     path, text = directory / "origin.json", json.dumps(wanted, indent=1) + "\n"
     with contextlib.suppress(DataError):  # damaged ones are predicted anew
         if path.is_file() and path.read_bytes() == text.encode():
             return read(directory)
     for name in ("summary.json", "predictions.jsonl"):
         (directory / name).unlink(missing_ok=True)
-    path.write_text(text)
+    workdir.replace(path, text)
     return []
 
 

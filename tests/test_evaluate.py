@@ -28,7 +28,8 @@ from ambijax import (
     settings,
     sharding,
     slices,
-)  # fmt: skip
+    workdir,
+)
 from ambijax.corpora import synthetic
 from ambijax.errors import ConfigError, DataError
 from ambijax.predictions import Decoding
@@ -143,6 +144,8 @@ def test_a_batch_that_is_half_written_is_computed_as_a_whole(bench, tmp_path):
     path = tmp_path / "cut/predictions.jsonl"
     whole = path.read_bytes()
     path.write_bytes(b"".join(line.replace(b'"js": ', b'"js": 1') for line in whole.splitlines(True)[:3]))
+    with workdir.lock(tmp_path / "cut"), pytest.raises(ConfigError, match="in use by pid"):
+        bench.collect(tmp_path / "cut")
     bench.collect(tmp_path / "cut")
     assert path.read_bytes() == whole
 
