@@ -124,7 +124,8 @@ def _run(place: Path, command: Command) -> None:
     short = [word for word in SHORT.get(command.module, []) if word.split("=")[0] not in " ".join(words)]
     line = " ".join(word if "*" in word else f"'{word}'" for word in words + short)  # the shell finds the files
     line = " ".join([*command.environment, line])
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # a user has no simulated devices
+    env |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         ["bash", "-c", line], cwd=place, env=env, capture_output=True, text=True, timeout=900, check=False
     )
