@@ -12,13 +12,13 @@ reports, time a lower bound: the slowest of arithmetic, memory and interconnect 
 
 import argparse
 import dataclasses
+import gzip
 import hashlib
 import importlib.metadata
 import json
 import os
 import re
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,31 +89,46 @@ def run(case: Case) -> dict:
 
 def measure(setting: Setting, program: programs.Program, cache: Path) -> dict:
     """What one program needs on a chip; compiled once for everything that its text, devices and versions fix."""
-    traced = program.function.trace(*program.arguments)
-    lowered = traced.lower(lowering_platforms=(setting.mesh.devices.flat[0].platform,))
     device = setting.mesh.devices.flat[0]
-    parts = (lowered.as_text(), device.device_kind, str(setting.mesh), _versions(), str(program.beside))
-    path = cache / f"{program.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}.json"
-    if path.is_file():
-        return json.loads(path.read_text())
-    held = _held(program)
+    traced = program.function.trace(*program.arguments)
+    lowered = traced.lower(lowering_platforms=(device.platform,))
+    parts = (lowered.as_text(), device.device_kind, str(setting.mesh), _versions())
+    key = f"{program.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}"
+    memory, text = _compiled(lowered, cache / key)
     found = {
         "name": program.name,
         "prompts": program.prompts,
         "completions": program.completions,
-        **{name: sum(programs.bytes_a_device(tree) for tree in trees) for name, trees in held.items()},
+        **{name: sum(programs.bytes_a_device(tree) for tree in trees) for name, trees in _held(program).items()},
         "cache": programs.cache(setting, program) if program.name in ("roll-out", "evaluation") else 0,
         "flops": cost.flops(traced.jaxpr.jaxpr, program.trips) // setting.mesh.size,
+        **memory,
     }
     found["model_flops"] = _without_remat(setting, program) // setting.mesh.size or found["flops"]
-    began = time.monotonic()
-    try:
-        found |= _compiled(lowered.compile()) | {"compile_seconds": round(time.monotonic() - began, 1)}
-    except jax.errors.JaxRuntimeError as error:
-        found["needs"] = _too_large(error)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=2) + "\n")
+    if text:
+        compiled = cost.Compiled(text)
+        found |= {"traffic": compiled.traffic(), "collectives": [dataclasses.asdict(c) for c in compiled.collectives()]}
     return found
+
+
+def _compiled(lowered: jax.stages.Lowered, path: Path) -> tuple[dict, str]:
+    """Memory and text of a compiled program, kept at `path`; what it `needs` and no text when it is too large."""
+    about, text = path.with_suffix(".json"), path.with_suffix(".hlo.gz")
+    if not about.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            memory = {"needs": _too_large(error)}
+        else:
+            sizes = compiled.memory_analysis()
+            memory = {
+                "temporaries": sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes,
+                "results": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+            }
+            text.write_bytes(gzip.compress(compiled.as_text().encode(), mtime=0))
+        about.write_text(json.dumps(memory) + "\n")
+    return json.loads(about.read_text()), gzip.decompress(text.read_bytes()).decode() if text.is_file() else ""
 
 
 def _held(program: programs.Program) -> dict[str, list]:
@@ -134,17 +149,6 @@ def _held(program: programs.Program) -> dict[str, list]:
     return held
 
 
-def _compiled(compiled: jax.stages.Compiled) -> dict:
-    memory = compiled.memory_analysis()
-    text = cost.Compiled(compiled.as_text())
-    return {
-        "temporaries": memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
-        "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "traffic": text.traffic(),
-        "collectives": [dataclasses.asdict(c) for c in text.collectives()],
-    }
-
-
 def _without_remat(setting: Setting, program: programs.Program) -> int:
     """FLOPs of an update that recomputes nothing: what the mathematics needs. 0 for a program without gradients."""
     if program.name != "update":
@@ -163,9 +167,7 @@ def _too_large(error: Exception) -> int:
 
 
 def _versions() -> str:
-    names = ("jax", "jaxlib", "libtpu")
-    found = {name: _version(name) for name in names}
-    return json.dumps(found)
+    return json.dumps({name: _version(name) for name in ("jax", "jaxlib", "libtpu")})
 
 
 def _version(name: str) -> str | None:

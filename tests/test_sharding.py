@@ -11,6 +11,7 @@ from ambijax.errors import ConfigError
 from tests import small
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2)]
+OTHERS = [(4, 2, 1), (2, 4, 1), (1, 4, 2), (2, 1, 4)]  # every other way to split eight with four key-value heads
 B, G, T = 8, 3, 6
 
 
@@ -59,7 +60,7 @@ def one_device():
     return _run((1, 1, 1))
 
 
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("shape", [*MESHES, *(pytest.param(shape, marks=pytest.mark.slow) for shape in OTHERS)])
 def test_meshes_agree_with_one_device(shape, one_device):
     found = _run(shape)
     np.testing.assert_allclose(found["loss"], one_device["loss"], rtol=1e-5)
@@ -108,6 +109,8 @@ def test_a_mesh_that_is_not_the_devices_is_refused():
         sharding.make_mesh(4, 1, 1)  # fewer than there are
     with pytest.raises(ConfigError, match="does not make 8 devices"):
         sharding.make_mesh(-1, -1, 1)
+    with pytest.raises(ConfigError, match=r"try mesh.data=4 or mesh.fsdp=2 or"):
+        sharding.make_mesh(2, 1, 2)
     assert dict(sharding.make_mesh(-1, 2, 1).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
 
 

@@ -1,0 +1,221 @@
+"""The plan's figures against bytes and FLOPs counted by hand, on eight simulated devices."""
+
+import dataclasses
+import gzip
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ambijax import chips, cost, plan, planned, programs, settings
+from ambijax.errors import ConfigError
+from ambijax.model import config as model_config
+
+GIB = 2**30
+
+
+def _config(name: str, *keys: str):
+    file = name if ".py" in name else f"{name}.py"
+    return settings.parse(["plan", f"--config=configs/{file}", "--workdir=unused", *(f"--config.{k}" for k in keys)])[0]
+
+
+def _published(algorithm: str, data: int, fsdp: int, tensor: int):
+    """The published model on a mesh of simulated devices; nothing is compiled."""
+    keys = (f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}", "data.batch_size=8")
+    shape = model_config.from_dict(plan.PUBLISHED)
+    return programs.setting(_config(algorithm, *keys), shape, jax.devices())
+
+
+def test_weights_of_the_published_model_by_hand():
+    # 8,397,094,912 parameters (all tensors of the release) in bfloat16; matrices are split eight ways, the rest not.
+    setting = _published("grpoz", 1, 4, 2)
+    both = programs.variables(setting)
+    assert sum(x.size for x in jax.tree.leaves(both["params"])) == 8_397_094_912
+    found = programs.bytes_a_device(both["params"])
+    np.testing.assert_allclose(found, 2 * 8_397_094_912 / 8, rtol=0.01)
+    # LoRA of rank 8 on q k v o (4096 + 4096 each) and gate up down (4096 + 11008 each), 32 layers, float32.
+    adapters = 32 * 8 * (4 * 8192 + 3 * 15104)
+    assert sum(x.size for x in jax.tree.leaves(both["lora"])) == adapters
+    whole, _, _ = programs.state(setting)
+    moments = sum(x.size for x in jax.tree.leaves(whole.optimizer) if x.ndim)
+    assert moments == 2 * adapters
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (1, 1, 8), (1, 2, 4), (2, 2, 2), (8, 1, 1)])
+def test_chips_that_split_weights_share_them_in_proportion(mesh):
+    both = programs.variables(_published("sft", *mesh))
+    split = mesh[1] * mesh[2]
+    np.testing.assert_allclose(programs.bytes_a_device(both["params"]), 2 * 8_397_094_912 / split, rtol=0.02)
+
+
+def test_the_cache_of_a_roll_out_by_hand():
+    # Half a MiB a token: 2 (k, v) x 32 layers x 32 heads x 128 x 2 bytes. Four prompts of 224 tokens, read once, and
+    # eight completions of 256 to each.
+    setting = _published("grpoz", 1, 1, 8)
+    setting = dataclasses.replace(setting, config=_config("grpoz", "mesh.fsdp=1", "mesh.tensor=8"))
+    roll_out = next(p for p in programs.programs(setting, 512, 96) if p.name == "roll-out")
+    assert programs.cache(setting, roll_out) == 4 * (224 + 8 * 256) * 2**19 // 8
+
+
+def test_flops_of_loops_are_multiplied():
+    def layers(x, weights):
+        x, _ = jax.lax.scan(lambda x, w: (x @ w, None), x, weights)
+        return jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, s[1] @ weights[0]), (0, x))[1]
+
+    jaxpr = jax.jit(layers).trace(jnp.zeros((2, 8)), jnp.zeros((5, 8, 8))).jaxpr
+    assert cost.flops(jaxpr.jaxpr, trips=3) == (5 + 3) * 2 * 2 * 8 * 8
+
+
+def test_flops_of_a_convolution():
+    # [1, 16, 4] with a kernel of 3 to 6 channels: 16 outputs of 6 channels, 3 x 4 products each.
+    one = jax.lax.conv_general_dilated
+    jaxpr = jax.jit(lambda x, k: one(x, k, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))).trace(
+        jnp.zeros((1, 16, 4)), jnp.zeros((3, 4, 6))
+    )
+    assert cost.flops(jaxpr.jaxpr.jaxpr, trips=1) == 2 * 16 * 6 * 3 * 4
+
+
+def test_collectives_are_counted_with_the_loop_around_them():
+    mesh = Mesh(np.array(jax.devices()).reshape(8), ("fsdp",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    stacked = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+
+    def layers(x, weights):  # weights split by rows, gathered in every turn
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    x = jax.ShapeDtypeStruct((512, 16), jnp.float32, sharding=rows)
+    weights = jax.ShapeDtypeStruct((5, 16, 16), jnp.float32, sharding=stacked)
+    found = cost.Compiled(jax.jit(layers, out_shardings=rows).lower(x, weights).compile().as_text())
+    (gathers,) = [c for c in found.collectives() if c.kind == "all-gather"]
+    total = 5 * 16 * 16 * 4
+    assert gathers.payload == total, "the whole of each layer once, however XLA cuts it"
+    assert gathers.wire == total * 7 // 8
+    assert found.traffic() > 5 * 16 * 16 * 4
+
+
+# A TPU's text: memory spaces, asynchronous slices, a collective cut into fusions that share its channel.
+TPU = """
+%piece (p0: bf16[8,64]) -> bf16[64,64] {
+  %p0 = bf16[8,64]{1,0:T(8,128)} parameter(0)
+  ROOT %all-gather.1 = bf16[64,64]{1,0:T(8,128)(2,1)S(1)} all-gather(%p0), channel_id=7, replica_groups=[1,8]<=[8]
+}
+
+%body (s: (s32[], bf16[8,64])) -> (s32[], bf16[8,64]) {
+  %s = (s32[]{:T(128)}, bf16[8,64]{1,0:T(8,128)}) parameter(0)
+  %x = bf16[8,64]{1,0:T(8,128)} get-tuple-element(%s), index=1
+  %i = s32[]{:T(128)} get-tuple-element(%s), index=0
+  %slice-start = ((bf16[8,64]{1,0}), bf16[1,64]{1,0:S(1)}, u32[]{:S(2)}) slice-start(%x), slice={[0:1], [0:64]}
+  %fusion.1 = bf16[64,64]{1,0:S(1)} fusion(%x), kind=kOutput, calls=%piece
+  %fusion.2 = bf16[64,64]{1,0:S(1)} fusion(%x), kind=kOutput, calls=%piece
+  ROOT %t = (s32[], bf16[8,64]) tuple(%i, %x)
+}
+
+%condition (s: (s32[], bf16[8,64])) -> pred[] {
+  %n = s32[]{:T(128)} constant(32)
+  %s.1 = (s32[]{:T(128)}, bf16[8,64]{1,0:T(8,128)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%s.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i.1, %n), direction=LT
+}
+
+ENTRY %main (a: (s32[], bf16[8,64])) -> (s32[], bf16[8,64]) {
+  %a = (s32[]{:T(128)}, bf16[8,64]{1,0:T(8,128)}) parameter(0)
+  ROOT %w = (s32[], bf16[8,64]) while(%a), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_tpus_text():
+    found = cost.Compiled(TPU)
+    assert found.collectives() == [cost.Collective("all-gather", 32, 32 * 8192, 32 * 8192 * 7 // 8)]
+    # A turn reads a slice (128 bytes) and the operand of each fusion (1,024), whose results stay in S(1); its condition
+    # compares two numbers.
+    assert found.traffic() == 32 * (128 + 2 * 1024 + 9)
+
+
+def _program(**changes) -> dict:
+    base = dict.fromkeys(("weights", "adapters", "optimizer", "batch", "cache", "temporaries", "results"), 0)
+    return {"name": "update", "prompts": 4, "completions": 8, "flops": 1, "model_flops": 1, **base, **changes}
+
+
+def test_the_verdict_names_what_is_left_or_what_to_change():
+    about = {"chip": dataclasses.asdict(chips.CHIPS["TPU v5 lite"])}
+    assert planned.verdict(_program(weights=10 * GIB), about) == "fits with 5.8 GiB to spare"
+    assert "mesh.fsdp x mesh.tensor" in planned.verdict(_program(weights=17 * GIB), about)
+    assert "data.batch_size" in planned.verdict(_program(temporaries=17 * GIB), about)
+    assert planned.verdict(_program(needs=20 * GIB), about).startswith("needs 4.2 GiB more")
+    assert "not in the table" in planned.verdict(_program(), {"chip": None})
+
+
+def test_the_roofline_is_the_slowest_resource():
+    chip = chips.CHIPS["TPU v6 lite"]
+    line = chips.roofline(chip, flops=918e12, traffic=2 * 1640e9, wire=0.5 * 448e9)
+    assert (line.seconds, line.bound) == (2.0, "memory")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> tuple[plan.Case, dict]:
+    keys = ("mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2", "data.max_tokens=8", "grpo.samples=2", "eval.batch_size=4")
+    config = _config("grpoz.py:tiny", *keys)
+    case = plan.Case(config, "configs/grpoz.py:tiny", "", 256, 96, tmp_path_factory.mktemp("plan"))
+    return case, plan.run(case)
+
+
+def test_every_step_kind_of_a_run_is_planned(tiny):
+    _, result = tiny
+    assert [p["name"] for p in result["programs"]] == ["encode", "roll-out", "reference", "update", "evaluation"]
+    assert result["about"]["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
+    for program in result["programs"]:
+        assert program["flops"] > 0
+        assert program["traffic"] > 0
+        assert program["weights"] > 0
+    update = next(p for p in result["programs"] if p["name"] == "update")
+    assert update["flops"] > update["model_flops"], "the layers are computed again for their gradients"
+    for text in (planned.text([result]), planned.markdown([result], "command")):
+        assert "evaluation" in text
+        assert "mesh data 1 x fsdp 4 x tensor 2" in text
+
+
+def test_a_plan_is_compiled_once(tiny, monkeypatch):
+    case, result = tiny
+
+    def compile_again(_):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_again)
+    assert plan.run(case) == result
+
+
+def test_no_program_gathers_logits_or_holds_whole_weights(tiny):
+    case, _ = tiny
+    rows = model_config.load(case.config.model.checkpoint).text.vocab_size
+    for file in case.cache.glob("*.hlo.gz"):
+        compiled = cost.Compiled(gzip.decompress(file.read_bytes()).decode())
+        for opcode, shape in compiled.shapes():
+            if opcode.startswith("all-gather"):
+                assert rows not in shape[1:], f"{file.name}: {opcode} {shape}"  # [.., V]; the table [V, D] may be
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["mesh.data=3"], "mesh.data=3 x mesh.fsdp=1 x mesh.tensor=1 does not make 8 devices; try"),
+        (["mesh.data=1", "mesh.fsdp=8"], "data.batch_size=4 is not a multiple of .* = 8; try 8"),
+        (["mesh.data=2", "mesh.tensor=4"], "mesh.tensor=4 does not divide the model's 6 attention heads; try 2"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_named_before_anything_is_compiled(keys, message, tmp_path):
+    case = plan.Case(_config("grpoz.py:tiny", *keys), "", "", 256, 96, tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        plan.run(case)
+
+
+@pytest.mark.slow
+def test_a_topology_without_a_tpu(tmp_path):
+    """The published model on eight v5e: fits, and without weights or a TPU. Ten minutes of compilation."""
+    pytest.importorskip("libtpu")
+    case = plan.Case(_config("grpoz"), "configs/grpoz.py", "v5e:2x4", 512, 96, tmp_path)
+    result = plan.run(case)
+    assert result["about"]["model"] == "Qwen2-Audio-7B as published"
+    assert all(planned.spare(p, result["about"]) > 0 for p in result["programs"])
