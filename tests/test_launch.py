@@ -185,7 +185,7 @@ def test_manifests_parse(fakes, tmp_path):
 
 
 def test_no_launcher_takes_a_secret():
-    for path in LAUNCH.iterdir():
+    for path in (path for path in LAUNCH.iterdir() if path.suffix != ".md"):
         text = path.read_text().lower()
         assert not any(word in text for word in ("api_key", "hf_token", "password", "secret")), path
 
