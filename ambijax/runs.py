@@ -124,7 +124,6 @@ def execute(runs: Sequence[Run], jobs: int) -> list[Run]:
         while running or (waiting and not signals.leave):
             for job in [job for job, started in running.items() if started.process.poll() is not None]:
                 started = running.pop(job)
-                started.hold.close()
                 if not done(run := started.run):
                     again = signals.leave or starts[run.evaluation] < ATTEMPTS
                     (waiting if again else failed).insert(0, run)
@@ -150,7 +149,6 @@ class _Started(NamedTuple):
     run: Run
     process: subprocess.Popen
     began: float
-    hold: contextlib.ExitStack  # keeps other drivers away from an evaluation; a training does so itself
 
 
 class _Signals:
@@ -172,7 +170,7 @@ class _Signals:
 def _next(waiting: Sequence[Run]) -> Run | None:
     """The first run that can start: what it needs is there, and no other process holds it."""
     for run in waiting:
-        if run.trained and not _held(run.directory):
+        if run.trained and not _held(run.evaluation if run.elsewhere else run.directory):
             return run
     return None
 
@@ -187,12 +185,9 @@ def _held(directory: Path) -> bool:
 
 def _start(run: Run, job: int, jobs: int) -> _Started:
     """Starts the run's process; what it says goes to console.log in its directory."""
-    hold = contextlib.ExitStack()
-    if run.elsewhere:
-        hold.enter_context(lock(run.directory))
     with _cores(job, jobs), (run.directory / "console.log").open("a") as console:
         process = subprocess.Popen(run.command, stdout=console, stderr=console, stdin=subprocess.DEVNULL)
-    return _Started(run, process, time.monotonic(), hold)
+    return _Started(run, process, time.monotonic())
 
 
 @contextlib.contextmanager

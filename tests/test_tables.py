@@ -1,7 +1,6 @@
 """The drivers: which runs a table needs, doing what is not done, and the tables that come out of finished ones."""
 
 import argparse
-import contextlib
 import json
 import re
 import runpy
@@ -190,7 +189,7 @@ def started(monkeypatch) -> Started:
             return self.returncode
 
     def start(run: runs.Run, job: int, jobs: int) -> runs._Started:
-        return runs._Started(run, Process(run), 0.0, contextlib.ExitStack())
+        return runs._Started(run, Process(run), 0.0)
 
     monkeypatch.setattr(runs, "_start", start)
     monkeypatch.setattr(runs, "POLL", 0)
