@@ -332,7 +332,7 @@ def write_hugging_face(
         for key in keys:
             parameter, layer = tensors[key]
             theirs = np.asarray(value(parameter, layer)).transpose(parameter.inverse)
-            values[key] = np.ascontiguousarray(theirs.astype(dtype))
+            values[key] = np.ascontiguousarray(theirs.astype(dtype, copy=False))
         save_file(values, out / f"{name}.partial", metadata={"format": "pt"})
         (out / f"{name}.partial").rename(out / name)
     if len(shards) > 1:

@@ -99,23 +99,25 @@ def merge(config: FrozenConfigDict, trained: dict, out: Path, *, dtype: jnp.dtyp
       dtype: of the result. Sums are float32 whatever it is.
     """
     source = Path(config.model.checkpoint)
-    read = convert.reader(source, hugging_face.parameters_of(source), np.dtype(np.float32))
+    wanted = hugging_face.parameters_of(source)
+    read, read32 = (convert.reader(source, wanted, np.dtype(kind)) for kind in (dtype, np.float32))
     own = flax.traverse_util.flatten_dict(trained.get("params", {}), sep="/")
     lora = flax.traverse_util.flatten_dict(trained.get("lora", {}), sep="/")
     scale = np.float32(LoraConfig(**config.lora).scale)
 
     def value(parameter: Parameter, layer: int | None) -> np.ndarray:
         at = () if layer is None else (layer,)
+        module, leaf = parameter.path.rsplit("/", 1)
+        adapted = leaf == "kernel" and f"{module}/a" in lora
         if parameter.path in own:
-            weight = np.asarray(own[parameter.path][at], np.float32)
+            weight = np.asarray(own[parameter.path])[at]
         else:
             index = [slice(None)] * len(parameter.shape)
-            weight = (
-                read(parameter, index) if layer is None else read(parameter, [slice(layer, layer + 1), *index[1:]])[0]
-            )
-        module = parameter.path.removesuffix("/kernel")
-        if parameter.path.endswith("/kernel") and f"{module}/a" in lora:
-            weight = weight + scale * (lora[f"{module}/a"][at] @ lora[f"{module}/b"][at])
+            rows = index if layer is None else [slice(layer, layer + 1), *index[1:]]
+            weight = (read32 if adapted else read)(parameter, rows)
+            weight = weight if layer is None else weight[0]
+        if adapted:
+            weight = weight.astype(np.float32) + scale * (lora[f"{module}/a"][at] @ lora[f"{module}/b"][at])
         return weight
 
     convert.write_hugging_face(value, source, out, dtype=dtype)

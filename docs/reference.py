@@ -13,7 +13,7 @@ PACKAGE = HERE.parent / "ambijax"
 
 # What a program of one's own imports, in the order in which a clip travels.
 CHAPTERS = {
-    "Use a model": ["predict", "listener"],
+    "Use a model": ["listener", "export", "peft", "trackers"],
     "Votes and corpora": ["emotions", "manifest", "corpora/synthetic", "data"],
     "Sound": ["audio", "acoustics", "features"],
     "Reasoning and prompts": ["reasoning", "prompt", "teacher"],

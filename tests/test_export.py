@@ -125,7 +125,7 @@ def test_peft_gives_the_same_logits(run, exported, caplog, capfd):
     assert np.abs(expected - ours(run, base=True)).max() > 0.1  # an adapter that does nothing would show
 
 
-@pytest.mark.parametrize("kind", ["run", "tower", "full"])
+@pytest.mark.parametrize("kind", ["run", pytest.param("tower", marks=pytest.mark.slow), "full"])
 def test_transformers_gives_the_same_logits(kind, tmp_path, request, caplog, capfd, monkeypatch):
     pytest.importorskip("torch")
     run = request.getfixturevalue(kind)
