@@ -1,6 +1,7 @@
 """What can go wrong for a user, and how a command says so: one line, and an exit code a scheduler can act on.
 
-Exit codes: 0 done, 2 configuration, 3 data, 4 training became non-finite, 75 preempted (start me again to resume).
+Exit codes: 0 done, 2 configuration, 3 data, 4 training became non-finite, 75 preempted (start me again to resume),
+1 anything else.
 """
 
 import os
@@ -48,8 +49,13 @@ def run(main: Callable[[], None]) -> None:
     except AmbijaxError as error:
         if os.environ.get("AMBIJAX_TRACEBACK") == "1":
             raise
-        print(f"ambijax: {error}", file=sys.stderr)
+        print("ambijax:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:  # a full disk, a file that vanished
+        if os.environ.get("AMBIJAX_TRACEBACK") == "1":
+            raise
+        print(f"ambijax: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("ambijax: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -195,7 +195,7 @@ def test_two_processes_leave_at_the_same_step(tmp_path, corpus):
     code, _, err = run(*train(tmp_path / "straight", corpus, "sft", *SHORT))
     assert code == 0, err
     workdir = tmp_path / "pair"
-    pair = _pair(workdir, corpus)
+    pair = _pair(workdir, corpus, f"--config.checkpoint.grace={command.LIMIT}")  # the machine may be busy
     _wait(logged(workdir, 3), *pair)
     pair[1].send_signal(signal.SIGTERM)
     errs = [p.communicate(timeout=command.LIMIT)[1] for p in pair]

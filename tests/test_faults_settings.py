@@ -1,0 +1,190 @@
+"""Settings nobody could mean, and every config file: said at once, in one line, before anything is read. F21 to F26."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ambijax import doctor, preflight, rules, settings
+from ambijax.errors import ConfigError
+from tests.command import ROOT, SMALL, needs_tiny, run
+
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("base", "curate", "tables"))
+
+
+def said(*arguments: str, config: str = "grpoz") -> str:
+    """What `settings.parse` says about a tiny config with these values."""
+    with pytest.raises(ConfigError) as error:
+        settings.parse(["train", f"--config=configs/{config}.py:tiny", "--workdir=w", *arguments])
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "optim.learning_rate=nan",
+        "optim.learning_rate=inf",
+        "optim.learning_rate=-1e-4",
+        "optim.learning_rate=1e30",
+        "optim.warmup=1.5",
+        "optim.b2=1.0",
+        "optim.clip=nan",
+        "optim.eps=-1",
+        "lora.rank=0",
+        "lora.rank=1000000000",
+        "lora.alpha=0",
+        "lora.dropout=1",
+        "steps=-3",
+        "steps=99999999999999999999",
+        "seed=-1",
+        "seed=4294967296",
+        "mesh.data=0",
+        "mesh.tensor=-2",
+        "data.batch_size=0",
+        "data.batch_size=1000000000",
+        "data.fold=-1",
+        "data.max_tokens=0",
+        "data.windows=(255,)",
+        "data.windows=(256,256)",
+        "data.labels=('anger','anger')",
+        "data.root=",
+        "data.corpus=nowhere",
+        "model.dtype=float64",
+        "model.remat=__class__",
+        "model.remat=save_only_these_names",
+        "grpo.samples=1",
+        "grpo.temperature=0",
+        "grpo.beta_kl=nan",
+        "reward.w_js=-1",
+        "checkpoint.every=0",
+        "checkpoint.seconds=nan",
+        "checkpoint.keep=0",
+        "eval.batch_size=-4",
+        "log_every=0",
+        "watchdog_seconds=-1",
+    ],
+)
+def test_a_value_nobody_could_mean_is_named(argument):
+    message = said(f"--config.{argument}")
+    assert f"{argument.split('=')[0]}=" in message
+    assert "must be" in message
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("optim.lerning_rate=1", "Did you mean"),
+        ("steps=many", "steps"),
+        ("steps=1.5", "steps"),
+        ("data.windows=abc", "data.windows"),
+        ("data.labels=3", "data.labels"),
+        ("data.cot=maybe", "data.cot"),
+        ("optim.train=('lora/(',)", "optim.train"),
+    ],
+)
+def test_an_unknown_key_or_a_wrong_type_is_one_line(argument, message):
+    assert message in said(f"--config.{argument}")
+
+
+def test_contradictions_are_listed_at_once():
+    message = said(
+        "--config.optim.warmup=3.0",
+        "--config.grpo.samples=1",
+        "--config.data.fold=6",
+        "--config.lora.dropout=0.1",
+        "--config.optim.accumulate=3",
+        "--config.optim.train=('params/.*',)",
+    )
+    for part in ("optim.warmup=3.0", "a group needs at least 2", "data.fold=6", "lora.dropout=0.1", "accumulate=3"):
+        assert part in message
+    assert "the reference policy is the base" in message
+
+
+def test_a_misspelt_or_missing_key_in_a_file_is_found():
+    """What the command line checks for itself, a config file or config.json does not."""
+    whole = settings.parse(["train", "--config=configs/sft.py:tiny", "--workdir=w"])[0].to_dict()
+    assert rules.problems(whole) == []
+    whole["optim"]["lerning_rate"] = whole["optim"].pop("learning_rate")
+    assert rules.problems(whole) == [
+        "optim.learning_rate is missing",
+        "unknown key optim.lerning_rate, did you mean optim.learning_rate?",
+    ]
+
+
+@pytest.mark.parametrize("value", [None, "0", [], {}, True, float("nan"), -1, 10**30, "\0", ["a", 1]])
+def test_any_value_of_any_key_is_accepted_or_named(value):
+    """Nothing that JSON can hold makes the check itself fail."""
+    whole = settings.parse(["train", "--config=configs/grpoz.py:tiny", "--workdir=w"])[0].to_dict()
+    for section, key in [(s, k) for s, part in whole.items() for k in (part if isinstance(part, dict) else [None])]:
+        changed = json.loads(json.dumps(whole))
+        if key is None:
+            changed[section] = value
+        else:
+            changed[section][key] = value
+        for problem in rules.problems(changed):
+            assert "\n" not in problem
+
+
+@pytest.mark.parametrize("argument", ["--workdir=", "--workdir=a\0b", "--workdir=a\nb"])
+def test_a_workdir_that_is_no_path_is_named(argument):
+    with pytest.raises(ConfigError, match="--workdir is missing or no path"):
+        settings.parse(["train", "--config=configs/sft.py:tiny", argument])
+
+
+@needs_tiny
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_plans(name, tmp_path):
+    """F26; the real command's dry run is below, this is its inside, so that each costs no process."""
+    own = [f"--workdir={tmp_path / 'run'}", f"--config.data.root={tmp_path / 'corpus'}", "--config.data.batch_size=8"]
+    config, workdir = settings.parse(["train", f"--config=configs/{name}.py:tiny", *own])
+    plan = preflight.plan(preflight.check(config, workdir, write=False), workdir)
+    assert f"algorithm    {config.algorithm}" in plan
+    assert "to be written first" in plan or "train" in plan
+    for variant in ("tiny_iemocap", "cremad", "iemocap"):
+        settings.parse(["train", f"--config=configs/{name}.py:{variant}", "--workdir=w"])
+
+
+@needs_tiny
+def test_a_dry_run_plans_or_says_all_that_is_wrong(tmp_path):
+    command = ["ambijax.train", f"--workdir={tmp_path / 'run'}", "--dry_run"]
+    code, out, err = run(
+        *command, "--config=configs/grpoz.py:tiny", f"--config.data.root={tmp_path / 'corpus'}", *SMALL
+    )
+    assert code == 0, err
+    assert "20 synthetic clips, to be written first" in out
+    assert not (tmp_path / "corpus").exists()
+    code, out, err = run(*command, "--config=configs/sft.py:cremad")
+    assert code == 2
+    assert "no model at Qwen2-Audio-7B-Instruct" in err
+    assert "no manifest at" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@needs_tiny
+def test_the_doctor_says_what_is_here_and_no_key(tmp_path, monkeypatch, capsys):
+    corpus = tmp_path / "data" / "own"
+    (corpus / "wav").mkdir(parents=True)
+    (corpus / "wav" / "a.wav").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    record = {"id": "a", "audio": "wav/a.wav", "transcript": "", "speaker": "s", "fold": 0, "votes": {"anger": 1}}
+    (corpus / "manifest.jsonl").write_text(json.dumps(record) + "\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("sys.argv", ["ambijax.doctor"])
+    doctor.main()
+    out = capsys.readouterr().out
+    assert "8 x cpu" in out
+    assert "OPENAI_API_KEY     is set" in out
+    assert "HF_TOKEN           is not set" in out
+    assert "class words are one token each" in out
+    assert "1 of 1 sounds in data/own are git-lfs pointers" in out
+    assert "canary" not in out
+    config = Path(ROOT / "configs" / "sft.py")
+    arguments = [f"--config={config}:tiny", "--config.data.batch_size=8", f"--config.data.root={tmp_path / 'corpus'}"]
+    monkeypatch.setattr("sys.argv", ["ambijax.doctor", *arguments])
+    doctor.main()
+    assert "training could start" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["ambijax.doctor", *arguments, "--config.mesh.data=3"])
+    with pytest.raises(ConfigError, match="does not make 8 devices"):
+        doctor.main()
