@@ -180,8 +180,8 @@ def write_table(args: argparse.Namespace, experiments: SimpleNamespace, everythi
     stem = args.out / f"{TITLES[args.table].lower().replace(' ', '')}_{args.corpus}"
     stem.with_suffix(".md").write_text(typeset.markdown(made))
     stem.with_suffix(".tex").write_text(typeset.latex(made))
-    typeset.picture([made], made.title, stem.with_suffix(".png"))
     print(typeset.markdown(made))
+    typeset.picture([made], made.title, stem.with_suffix(".png"))
     print(f"written to {stem}.md, .tex, .png")
 
 
@@ -192,9 +192,9 @@ def write_lab(args: argparse.Namespace, experiments: SimpleNamespace, everything
     text = lab.markdown(made, found, experiments.CLOSE, experiments.ALPHA, footer(everything))
     (args.out / "lab.md").write_text(text)
     lab.write_csv(everything, args.out / "lab.csv")
+    print(text)
     typeset.picture(made, "The tiny lab", args.out / "lab.png")
     lab.picture(found, experiments.CLOSE, experiments.ALPHA, args.out / "orderings.png")
-    print(text)
     print(f"written to {args.out}/lab.md, lab.csv, lab.png, orderings.png")
 
 
@@ -239,6 +239,7 @@ def main() -> None:
         stated = {row: float(s) for row, s in (pair.split("=") for pair in args.seconds_per_step)}
     except ValueError:
         raise ConfigError("--seconds_per_step wants ROW=S, as in 'SFT=1.2'") from None
+    typeset.pyplot()  # whether it is there, before days of training and not after
     everything = all_runs(experiments, args)
     failed = []
     if not args.report:

@@ -17,6 +17,7 @@ from tests import miniature
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
+pytest.importorskip("matplotlib", reason="the tables draw with it: pip install 'ambijax[report]'")
 TINY = [
     "--checkpoint=ambijax/tiny",
     "--config.model.dtype=float32",  # two CPU cores

@@ -283,6 +283,7 @@ def test_a_partial_table_says_what_is_missing(tmp_path, monkeypatch):
     assert re.search(r"\| DPO \| – \| – \| – \| – \|", text)
     assert re.search(r"\| Audio-Reasoner \| .* \| 0 \|  \|  \|", text)
     assert re.search(r"\| prior \| \.300 \| \.700 \| .* \| 2 \|  \|  \|", text)
+    pytest.importorskip("matplotlib")
     typeset.picture([sheet, sheet], sheet.title, tmp_path / "partial.png")
 
 
@@ -343,8 +344,9 @@ def test_orderings_are_judged_by_paired_differences(tmp_path):
     assert absent.verdict(0.05, 0.05) == "no runs yet"
     text = lab.markdown([], [less, more, near, absent], 0.05, 0.05, ["a note"])
     assert "Of 4 orderings: 1 holds, 1 does not hold, 1 undecided" in text
-    lab.picture([less, more, near, absent], 0.05, 0.05, tmp_path / "orderings.png")
     lab.write_csv(found, tmp_path / "lab.csv")
     rows = (tmp_path / "lab.csv").read_text().splitlines()
     assert len(rows) == 1 + 15
     assert rows[1].startswith("tiny,base,0,0,6,0.15")
+    pytest.importorskip("matplotlib")
+    lab.picture([less, more, near, absent], 0.05, 0.05, tmp_path / "orderings.png")
