@@ -34,20 +34,23 @@ class Tokens:
     newline: int  # a token that ends a line
 
 
-class _Read(NamedTuple):
+class Prefix(NamedTuple):
+    """B prompts as the model has read them."""
+
     last: jax.Array  # [B, D] hidden state of each prompt's last token
     past: Past
     length: jax.Array  # [B] prompt tokens without padding
 
 
-def _read(model: Qwen2Audio, variables: dict, prompt: Prompt, rngs: dict) -> _Read:
+def prefill(model: Qwen2Audio, variables: dict, prompt: Prompt, rngs: dict) -> Prefix:
+    """Computes each prompt once: from its mel frames, or from the tower's output where that is given."""
     audio = prompt.audio
     if audio is None:
         audio = model.apply(variables, prompt.mel, prompt.frames, method="encode", rngs=rngs)
     hidden, past = model.apply(variables, prompt.tokens, prompt.mask, audio, method="prefill", rngs=rngs)
     final = prompt.mask.shape[1] - 1 - jnp.argmax(prompt.mask[:, ::-1], axis=1)
     last = jnp.take_along_axis(hidden, final[:, None, None], axis=1)[:, 0]
-    return _Read(last, past, prompt.mask.sum(axis=1))
+    return Prefix(last, past, prompt.mask.sum(axis=1))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "class_ids", "words", "temperature", "chunk"))
@@ -77,13 +80,13 @@ def score(
       words: token ids of K class words of several tokens. Given, the read-out is each whole word's log-probability
         after the anchor, instead of one logit.
     """
-    read = _read(model, variables, prompt, rngs)
+    prefix = prefill(model, variables, prompt, rngs)
     b, g, t = completions.tokens.shape
-    positions = read.length[:, None, None] + jnp.broadcast_to(jnp.arange(t), (b, g, t))
+    positions = prefix.length[:, None, None] + jnp.broadcast_to(jnp.arange(t), (b, g, t))
     hidden, own = model.apply(
-        variables, completions.tokens, positions, completions.mask, (read.past,), method="extend", rngs=rngs
+        variables, completions.tokens, positions, completions.mask, (prefix.past,), method="extend", rngs=rngs
     )
-    first = jnp.broadcast_to(read.last[:, None, None], (b, g, 1, read.last.shape[-1]))
+    first = jnp.broadcast_to(prefix.last[:, None, None], (b, g, 1, prefix.last.shape[-1]))
     before = jnp.concatenate([first, hidden[:, :, :-1]], axis=2)
     head = model.apply(variables, method="head")
     logp, entropy = losses.token_log_probs(before, head, completions.tokens, temperature=temperature, chunk=chunk)
@@ -91,8 +94,8 @@ def score(
     if words:
         length = completions.anchor + 1
         own = own.replace(mask=own.mask & (jnp.arange(t) < length[..., None]))
-        forward = functools.partial(model.apply, variables, past=(read.past, own), method="extend", rngs=rngs)
-        class_logits = readout.word_log_probs(at_anchor, head, words, forward, read.length[:, None] + length)
+        forward = functools.partial(model.apply, variables, past=(prefix.past, own), method="extend", rngs=rngs)
+        class_logits = readout.word_log_probs(at_anchor, head, words, forward, prefix.length[:, None] + length)
     else:
         class_logits = readout.logits(at_anchor, head, jnp.array(class_ids))
     return Scores(
@@ -146,7 +149,7 @@ class _Writer(NamedTuple):
 
     model: Qwen2Audio
     variables: dict
-    read: _Read
+    prefix: Prefix
     head: jax.Array  # [D, V]
     tokens: Tokens
     ends_line: jax.Array  # bool [V]
@@ -158,8 +161,8 @@ class _Writer(NamedTuple):
     def extend(self, new: jax.Array, written: jax.Array, own: Past) -> tuple[jax.Array, Past]:
         """Tokens [B, G, T] that follow the first `written` [B, G] ones of `own`, to their hidden states and past."""
         n = own.mask.shape[-1]
-        positions = (self.read.length[:, None] + written)[..., None] + jnp.arange(new.shape[-1])
-        past = (self.read.past, own.replace(mask=jnp.arange(n) < written[..., None]))
+        positions = (self.prefix.length[:, None] + written)[..., None] + jnp.arange(new.shape[-1])
+        past = (self.prefix.past, own.replace(mask=jnp.arange(n) < written[..., None]))
         return self.model.apply(self.variables, new, positions, jnp.ones(new.shape, bool), past, method="extend")
 
 
@@ -193,8 +196,8 @@ def rollout(
       max_tokens: N, length of the completion axis.
       temperature: 0 decodes greedily.
     """
-    read = _read(model, variables, prompt, {})
-    writer = _Writer(model, variables, read, model.apply(variables, method="head"), tokens, ends_line)
+    prefix = prefill(model, variables, prompt, {})
+    writer = _Writer(model, variables, prefix, model.apply(variables, method="head"), tokens, ends_line)
     keys = sample_keys(key, prompt.example, samples)
 
     def keep_going(s: _Decoding) -> jax.Array:
@@ -207,7 +210,7 @@ def rollout(
         token, logp = _draw(logits, keys, s.t, temperature)
         return _append(writer, s, logits, token, logp)
 
-    return _finish(writer, jax.lax.while_loop(keep_going, step, _start(read, tokens, *keys.shape, max_tokens)))
+    return _finish(writer, jax.lax.while_loop(keep_going, step, _start(prefix, tokens, *keys.shape, max_tokens)))
 
 
 def _append(w: _Writer, s: _Decoding, logits: jax.Array, token: jax.Array, logp: jax.Array) -> _Decoding:
@@ -314,12 +317,12 @@ def _write(own: Past, new: Past, t: jax.Array) -> Past:
     )
 
 
-def _start(read: _Read, tokens: Tokens, b: int, g: int, n: int) -> _Decoding:
-    layers, _, _, *heads = read.past.k.shape
-    empty = jnp.zeros((layers, b, g, n, *heads), read.past.k.dtype)
+def _start(prefix: Prefix, tokens: Tokens, b: int, g: int, n: int) -> _Decoding:
+    layers, _, _, *heads = prefix.past.k.shape
+    empty = jnp.zeros((layers, b, g, n, *heads), prefix.past.k.dtype)
     return _Decoding(
         t=jnp.int32(0),
-        hidden=jnp.broadcast_to(read.last[:, None], (b, g, read.last.shape[-1])),
+        hidden=jnp.broadcast_to(prefix.last[:, None], (b, g, prefix.last.shape[-1])),
         own=Past(empty, empty, jnp.zeros((b, g, n), bool)),
         # A completion starts on a fresh line: the prompt ends with a line break.
         recent=jnp.full((b, g, 1 + len(tokens.anchor)), tokens.newline, jnp.int32),

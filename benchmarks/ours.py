@@ -1,0 +1,255 @@
+"""Our side of benchmarks/compare.py: the package's own functions, with its own configs, on given weights."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from ambijax import algorithms, audio, compilation, convert, data, features, policy, sharding, update
+from ambijax.model import config as model_config
+from ambijax.model import qwen2_audio
+from ambijax.structs import Batch, Completions, Preferences, Prompt
+from benchmarks import shapes
+from benchmarks.shapes import VOCABULARY, Shape
+from configs import base, dpo, grpoz, sft
+
+Step = Callable[[], object]  # one step, done when it returns; a dict it returns are the seconds of its parts
+
+programs = compilation.Programs()
+programs.__enter__()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Timed(algorithms.Setting):
+    """A setting that measures how long its roll-outs and scores take."""
+
+    parts: dict = dataclasses.field(default_factory=dict)
+
+    def rollout(self, *args, **kwargs) -> object:
+        with clock(self.parts, "rollout"):
+            return jax.block_until_ready(super().rollout(*args, **kwargs))
+
+    def score(self, *args, **kwargs) -> object:
+        with clock(self.parts, "score"):
+            return jax.block_until_ready(super().score(*args, **kwargs))
+
+
+@contextlib.contextmanager
+def clock(parts: dict, name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    parts[name] = parts.get(name, 0.0) + time.perf_counter() - began
+
+
+class Side:
+    """The model with fresh adapters, and the inputs of every row."""
+
+    def __init__(self, shape: Shape, directory: Path) -> None:
+        self.shape = shape
+        lora = model_config.LoraConfig(shape.rank, shape.alpha, 0.0, audio_tower=False)
+        self.remat = base.get_config("cremad").model.remat
+        self.model = qwen2_audio.Qwen2Audio(
+            model_config.load(directory), lora, jnp.dtype(shape.dtype), shape.remat or self.remat
+        )
+        self.mesh = sharding.make_mesh(1, 1, 1)
+        jax.set_mesh(self.mesh)
+        params = convert.load(directory, self.model, dtype=self.model.dtype)
+        adapters = jax.jit(lambda key: qwen2_audio.init(self.model, key)["lora"])(jax.random.key(0))
+        self.variables = {"params": params, "lora": adapters}
+        self.windows = tuple(base.get_config("cremad").data.windows)
+
+    def setting(self, module: object) -> Timed:
+        """The settings of configs/`module`, for this shape."""
+        c = module.get_config("tiny")
+        c.model.dtype = self.shape.dtype
+        c.lora.dropout = 0.0
+        c.loss.chunk = self.shape.chunk
+        c.data.max_tokens = self.shape.new_tokens
+        if "grpo" in c:
+            c.grpo.samples = self.shape.samples
+        return Timed(self.model, VOCABULARY, self.mesh, FrozenConfigDict(c))
+
+    def mels(self, count: int) -> list[data.Sound]:
+        return list(features.mels(shapes.clips(self.shape, count), self.windows, audio.N_MELS))
+
+    def prompt(self, count: int, *, live: bool = False) -> Prompt:
+        """On the host; with the tower's output as it is kept while the tower is frozen, or as log-mel (`live`)."""
+        sounds = self.mels(count)
+        if not live:
+            sounds = list(features.encode(self.model, self.variables, self.mesh, sounds))
+        return data.prompts(
+            list(shapes.prompts(self.shape, count).astype(np.int32)),
+            sounds,
+            range(count),
+            windows=self.windows,
+            text_tokens=data.round_up(self.shape.prompt - self.shape.audio_tokens),
+            pad=VOCABULARY.endoftext,
+            live_tower=live,
+        )
+
+    def completions(self, per_prompt: int, length: int) -> Completions:
+        tokens = shapes.completions(self.shape, self.shape.clips, per_prompt, length).astype(np.int32)
+        anchor = np.full(tokens.shape[:2], tokens.shape[2] - 3, np.int32)
+        return Completions(tokens, np.ones(tokens.shape, bool), anchor)
+
+    def batch(self, length: int, *, live: bool = False) -> Batch:
+        gold = self.completions(1, length)
+        target = np.full((self.shape.clips, len(VOCABULARY.labels)), 1 / len(VOCABULARY.labels), np.float32)
+        return Batch(self.prompt(self.shape.clips, live=live), gold, gold.mask.copy(), target)
+
+    def updating(self, setting: Timed, loss: Callable) -> Callable[[object, jax.Array], None]:
+        """collected, key -> one update of the adapters, done when it returns."""
+        state, frozen, optimizer = update.start(setting.config, self.variables)
+        plain = algorithms.Setting(setting.model, setting.vocabulary, setting.mesh, setting.config)
+        updated = update.make_update(plain, loss, optimizer, state)
+
+        def step(collected: object, key: jax.Array) -> None:
+            nonlocal state
+            state, aux = updated(state, frozen, collected, key)
+            jax.block_until_ready((state, aux))
+
+        return step
+
+
+def matrix(side: Side) -> Step:
+    n = shapes.matrix_size(jax.default_backend() == "cpu")
+    x = jnp.ones((n, n), side.model.dtype)
+    product = jax.jit(jnp.matmul)
+    return lambda: product(x, x).block_until_ready()
+
+
+def copy(side: Side) -> Step:
+    x = jnp.zeros(shapes.copy_size(jax.default_backend() == "cpu"), jnp.float32)
+    added = jax.jit(lambda x: x + 1)
+    return lambda: added(x).block_until_ready()
+
+
+def features_row(side: Side) -> Step:
+    clips = shapes.clips(side.shape, side.shape.feature_clips)
+    return lambda: list(features.mels(clips, side.windows, audio.N_MELS))
+
+
+def tower(side: Side) -> Step:
+    placed = sharding.place(side.prompt(side.shape.clips, live=True), side.mesh)
+    encode = jax.jit(lambda variables, mel, frames: side.model.apply(variables, mel, frames, method="encode"))
+    return lambda: encode(side.variables, placed.mel, placed.frames).block_until_ready()
+
+
+def readout(side: Side) -> Step:
+    """From log-mel to distributions of fresh clips: what prediction without a chain of thought computes."""
+    n = side.shape.readout_clips
+    prompt = side.prompt(n, live=True)
+    tokens = np.broadcast_to(np.array(VOCABULARY.anchor, np.int32), (n, 1, len(VOCABULARY.anchor)))
+    anchor = Completions(tokens, np.ones(tokens.shape, bool), np.full((n, 1), tokens.shape[-1] - 1, np.int32))
+    setting = side.setting(sft)
+
+    def step() -> dict[str, float]:
+        placed = sharding.place((prompt, anchor), side.mesh)
+        step.output = sharding.fetch(setting.score(side.variables, *placed, {}).readout)[:, 0]
+
+    return step
+
+
+def sft_row(side: Side, *, live: bool = False) -> Step:
+    setting = side.setting(sft)
+    batch = side.batch(side.shape.completion, live=live)
+    one = side.updating(setting, algorithms.sft_loss)
+    return lambda: one(sharding.place(batch, side.mesh), jax.random.key(0))
+
+
+def dpo_row(side: Side) -> Step:
+    """Pairs are given: reference log-probabilities, then the update."""
+    setting = side.setting(dpo)
+    b = side.shape.clips
+    batch, pair = side.batch(side.shape.completion), side.completions(2, side.shape.completion)
+    one = side.updating(setting, algorithms.dpo_loss)
+
+    def step() -> dict[str, float]:
+        prompt, completions, ce_mask, target = sharding.place(
+            (batch.prompt, pair, batch.ce_mask, batch.target), side.mesh
+        )
+        reference = setting.score({"params": side.variables["params"]}, prompt, completions, {})
+        pairs = sharding.place(np.ones((b, 1), bool), side.mesh)
+        one(Preferences(prompt, completions, ce_mask, pairs, reference.logp, target), jax.random.key(0))
+
+    return step
+
+
+def _prefill(side: Side) -> Callable[[dict, Prompt], object]:
+    read = jax.jit(lambda variables, prompt: policy.prefill(side.model, variables, prompt, {}))
+    return lambda variables, prompt: jax.block_until_ready(read(variables, prompt))
+
+
+def rollout(side: Side) -> Step:
+    setting = side.setting(grpoz)
+    placed = sharding.place(side.prompt(side.shape.clips), side.mesh)
+    prefill, keys = _prefill(side), iter(jax.random.split(jax.random.key(0), 1000))
+
+    def step() -> dict[str, float]:
+        setting.parts.clear()
+        setting.rollout(side.variables, placed, next(keys), side.shape.samples, 1.0)
+        whole = setting.parts["rollout"]
+        with clock(setting.parts, "prefill"):
+            prefill(side.variables, placed)
+        return {"total": whole, "prefill": setting.parts["prefill"], "decode": whole - setting.parts["prefill"]}
+
+    return step
+
+
+def grpoz_row(side: Side) -> Step:
+    """`collect` and `loss` of the algorithm as the training loop calls them."""
+    setting, algorithm = side.setting(grpoz), algorithms.ALGORITHMS["grpoz"]
+    batch = side.batch(side.shape.new_tokens)
+    one = side.updating(setting, algorithm.loss)
+    prefill, keys = _prefill(side), iter(jax.random.split(jax.random.key(0), 1000))
+    placed = sharding.place(batch.prompt, side.mesh)
+
+    def step() -> dict[str, float]:
+        parts, key = setting.parts, next(keys)
+        parts.clear()
+        with clock(parts, "total"):
+            collected, _, _ = algorithm.collect(setting, side.variables, batch, key)
+            with clock(parts, "update"):
+                one(collected, key)
+        with clock(parts, "prefill"):
+            prefill(side.variables, placed)
+        total, score, updating = parts["total"], parts.get("score", 0.0), parts["update"]
+        return {
+            "total": total,
+            "prefill": parts["prefill"],
+            "decode": parts["rollout"] - parts["prefill"],
+            "score": score,
+            "update": updating,
+            "host": total - parts["rollout"] - score - updating,
+        }
+
+    return step
+
+
+ROWS = {
+    "matrix": matrix,
+    "copy": copy,
+    "features": features_row,
+    "tower": tower,
+    "readout": readout,
+    "sft": sft_row,
+    "sft_live": lambda side: sft_row(side, live=True),
+    "dpo": dpo_row,
+    "rollout": rollout,
+    "grpoz": grpoz_row,
+}
+
+
+def peak_device_bytes() -> int | None:
+    statistics = jax.local_devices()[0].memory_stats()
+    return statistics["peak_bytes_in_use"] if statistics else None
+
+
+def compiles() -> dict[str, float]:
+    return {"compiles": programs.compiled, "compile_seconds": programs.seconds}

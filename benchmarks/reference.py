@@ -1,0 +1,250 @@
+"""The rival's side of benchmarks/compare.py: transformers + PEFT, sdpa attention, eager generate.
+
+The loops are those that TRL and the public GRPO script for Qwen2-Audio run: the prompt and its sound repeated for each
+of the K samples, `generate`, log-probabilities from full logits, one forward and backward for each group.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+import torch.nn.functional as F
+import transformers
+
+from benchmarks import shapes
+from benchmarks.shapes import VOCABULARY, Shape
+
+Step = Callable[[], object]
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+BETA_KL, LEARNING_RATE, CLIP = 0.04, 1e-4, 1.0  # as in configs/grpo.py and configs/base.py; they cost nothing
+
+
+def wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def clock(parts: dict, name: str):
+    began = time.perf_counter()
+    yield
+    wait()
+    parts[name] = parts.get(name, 0.0) + time.perf_counter() - began
+
+
+class Side:
+    """The model with fresh adapters, and the inputs of every row."""
+
+    def __init__(self, shape: Shape, directory: Path) -> None:
+        self.shape = shape
+        base = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(
+            directory, dtype=getattr(torch, shape.dtype), attn_implementation="sdpa"
+        ).to(DEVICE)
+        base.requires_grad_(False)
+        lora = peft.LoraConfig(r=shape.rank, lora_alpha=shape.alpha, lora_dropout=0.0, target_modules=TARGETS)
+        self.model = peft.get_peft_model(base, lora)
+        if shape.reference_checkpointing:
+            self.model.enable_input_require_grads()
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model.train()
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=0.0)
+        self.extractor = transformers.WhisperFeatureExtractor(feature_size=128)
+
+    def features(self, count: int) -> dict[str, torch.Tensor]:
+        return self.extractor(
+            shapes.clips(self.shape, count),
+            sampling_rate=16_000,
+            return_attention_mask=True,
+            padding="max_length",
+            return_tensors="pt",
+        )
+
+    def inputs(self, count: int, copies: int, completions: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """`copies` of each of `count` prompts with its sound, row by row, before their completions [rows, T]."""
+        sound = self.features(count)
+        tokens = torch.from_numpy(shapes.prompts(self.shape, count))
+        dtype = getattr(torch, self.shape.dtype)
+        rows = {
+            "input_ids": tokens,
+            "input_features": sound["input_features"].to(dtype),
+            "feature_attention_mask": sound["attention_mask"],
+        }
+        rows = {name: x.repeat_interleave(copies, 0).to(DEVICE) for name, x in rows.items()}
+        if completions is not None:
+            rows["input_ids"] = torch.cat([rows["input_ids"], completions.to(DEVICE)], 1)
+        return rows | {"attention_mask": torch.ones_like(rows["input_ids"])}
+
+    def completions(self, per_prompt: int, length: int) -> torch.Tensor:
+        """[clips * per_prompt, T]"""
+        return torch.from_numpy(shapes.completions(self.shape, self.shape.clips, per_prompt, length)).flatten(0, 1)
+
+    def update(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.trained, CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def log_probs(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the completion tokens [rows, T], and the class logits after the anchor, from full logits."""
+        start = self.shape.prompt
+        logits = self.model(**inputs, use_cache=False).logits[:, start - 1 :]
+        targets = inputs["input_ids"][:, start:]
+        # Row by row, as TRL's selective_log_softmax does: less memory than one log_softmax over all of it.
+        rows = [
+            F.log_softmax(row[:-1].float(), -1).gather(-1, t[:, None])[:, 0]
+            for row, t in zip(logits, targets, strict=True)
+        ]
+        return torch.stack(rows), logits[:, -3, list(VOCABULARY.class_ids)].float()
+
+    def generate(self) -> torch.Tensor:
+        """[clips * K, N] sampled tokens; none may end early."""
+        inputs = self.inputs(self.shape.clips, self.shape.samples)
+        self.model.eval()
+        n = self.shape.new_tokens
+        out = self.model.generate(
+            **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=n, max_new_tokens=n
+        )
+        self.model.train()
+        return out[:, self.shape.prompt :]
+
+
+def matrix(side: Side) -> Step:
+    n = shapes.matrix_size(DEVICE.type == "cpu")
+    x = torch.ones((n, n), dtype=getattr(torch, side.shape.dtype), device=DEVICE)
+    return lambda: (x @ x, wait())
+
+
+def copy(side: Side) -> Step:
+    x = torch.zeros(shapes.copy_size(DEVICE.type == "cpu"), device=DEVICE)
+    return lambda: (x + 1, wait())
+
+
+def features_row(side: Side) -> Step:
+    clips = shapes.clips(side.shape, side.shape.feature_clips)
+    options = {"sampling_rate": 16_000, "return_attention_mask": True, "padding": "max_length"}
+    return lambda: side.extractor(clips, return_tensors="np", **options)
+
+
+def tower(side: Side) -> Step:
+    """Only embeddings that stand for audio tokens are used afterwards; the tower computes all of the 30 s."""
+    inputs = side.inputs(side.shape.clips, 1)
+    base = side.model.base_model.model.model
+    valid = (side.shape.audio_tokens * 2 + 1, 1500)
+    mask = (torch.arange(valid[1]) < valid[0]).to(DEVICE)[None, None, None].expand(side.shape.clips, 1, valid[1], -1)
+
+    @torch.no_grad()
+    def step() -> dict[str, float]:
+        hidden = base.audio_tower(inputs["input_features"], attention_mask=mask).last_hidden_state
+        base.multi_modal_projector(hidden)
+        wait()
+
+    return step
+
+
+def readout(side: Side) -> Step:
+    n = side.shape.readout_clips
+    inputs = side.inputs(n, 1, torch.tensor([VOCABULARY.anchor]).expand(n, -1))
+
+    @torch.no_grad()
+    def step() -> dict[str, float]:
+        side.model.eval()
+        logits = side.model(**inputs, use_cache=False).logits[:, -1, list(VOCABULARY.class_ids)]
+        step.output = logits.float().cpu().numpy()
+
+    return step
+
+
+def sft(side: Side) -> Step:
+    """Cross entropy of the completion, and the KL divergence of the read-out from uniform votes."""
+    inputs = side.inputs(side.shape.clips, 1, side.completions(1, side.shape.completion))
+
+    def step() -> dict[str, float]:
+        logp, classes = side.log_probs(inputs)
+        (-logp.mean() - F.log_softmax(classes, -1).mean()).backward()
+        side.update()
+        wait()
+
+    return step
+
+
+def dpo(side: Side) -> Step:
+    """As TRL: chosen and rejected in one batch, first under the reference policy, then with gradient."""
+    inputs = side.inputs(side.shape.clips, 2, side.completions(2, side.shape.completion))
+
+    def step() -> dict[str, float]:
+        with torch.no_grad(), side.model.disable_adapter():
+            reference = side.log_probs(inputs)[0].sum(-1).view(-1, 2)
+        logp, classes = side.log_probs(inputs)
+        margin = (logp.sum(-1).view(-1, 2) - reference) @ torch.tensor([1.0, -1.0], device=DEVICE)
+        (-F.logsigmoid(0.1 * margin).mean() - logp[::2].mean() - F.log_softmax(classes[::2], -1).mean()).backward()
+        side.update()
+        wait()
+
+    return step
+
+
+def rollout(side: Side) -> Step:
+    @torch.no_grad()
+    def step() -> dict[str, float]:
+        assert side.generate().shape[1] == side.shape.new_tokens
+        wait()
+
+    return step
+
+
+def grpoz(side: Side) -> Step:
+    """Groups of K samples and the gold completion; rewards are given, so that the rival's host costs nothing."""
+    shape = side.shape
+    k = shape.samples
+    gold = side.completions(1, shape.new_tokens)
+    advantages = torch.linspace(-1, 1, k + 1, device=DEVICE)
+
+    def step() -> dict[str, float]:
+        parts = {}
+        with clock(parts, "total"):
+            with clock(parts, "decode"), torch.no_grad():  # its prefill included
+                sampled = side.generate().view(shape.clips, k, -1)
+            groups = torch.cat([sampled, gold[:, None].to(DEVICE)], 1)
+            whole = side.inputs(shape.clips, k + 1, groups.flatten(0, 1))
+            for i in range(shape.clips):  # one prompt's group at a time, gradients accumulated
+                group = {name: x[i * (k + 1) : (i + 1) * (k + 1)] for name, x in whole.items()}
+                with clock(parts, "score"), torch.no_grad(), side.model.disable_adapter():
+                    reference = side.log_probs(group)[0]
+                with clock(parts, "update"):
+                    logp, classes = side.log_probs(group)
+                    surrogate = -torch.exp(logp - logp.detach()) * advantages[:, None]
+                    d = reference - logp
+                    loss = (surrogate + BETA_KL * (torch.exp(d) - d - 1)).mean() - F.log_softmax(classes[-1], -1).mean()
+                    (loss / shape.clips).backward()
+            with clock(parts, "update"):
+                side.update()
+        return parts
+
+    return step
+
+
+ROWS = {
+    "matrix": matrix,
+    "copy": copy,
+    "features": features_row,
+    "tower": tower,
+    "readout": readout,
+    "sft": sft,
+    "sft_live": sft,
+    "dpo": dpo,
+    "rollout": rollout,
+    "grpoz": grpoz,
+}
+
+
+def peak_device_bytes() -> int | None:
+    return torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else None
+
+
+def compiles() -> dict[str, float]:
+    return {"compiles": 0, "compile_seconds": 0.0}

@@ -1,0 +1,115 @@
+"""Results of benchmarks/compare.py as lines and as a Markdown page."""
+
+from benchmarks.shapes import Shape, copy_size, matrix_size
+
+TITLES = {
+    "matrix": "matrix product (the device's rate)",
+    "copy": "memory (the device's bandwidth)",
+    "features": "log-mel",
+    "tower": "audio tower and projector",
+    "readout": "read-out without chain of thought, from log-mel",
+    "sft": "LoRA SFT step",
+    "sft_live": "LoRA SFT step, ours with the tower computed in every step",
+    "dpo": "LoRA DPO step, pairs given",
+    "rollout": "roll-out",
+    "grpoz": "GRPOz step",
+}
+PER_STEP = {  # unit, and how many of it a step makes
+    "features": ("clips/s", lambda s: s.feature_clips),
+    "tower": ("clips/s", lambda s: s.clips),
+    "readout": ("clips/s", lambda s: s.readout_clips),
+    "sft": ("tokens/s", lambda s: s.clips * (s.prompt + s.completion)),
+    "sft_live": ("tokens/s", lambda s: s.clips * (s.prompt + s.completion)),
+    "dpo": ("pairs/s", lambda s: s.clips),
+    "rollout": ("tokens/s", lambda s: s.clips * s.samples * s.new_tokens),
+    "grpoz": ("prompts/s", lambda s: s.clips),
+}
+
+
+def line(result: dict) -> str:
+    """One row for the terminal."""
+    ours, theirs, ratio = result["ours"], result["reference"], result["ratio"]
+    parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in ours["parts"].items())
+    return (
+        f"{result['row']:<9} {result['change'] or ''} ours {ours['median']:.3f} s  theirs {theirs['median']:.3f} s  "
+        f"ratio {ratio['median']:.2f} [{ratio['p10']:.2f}, {ratio['p90']:.2f}] of {ratio['pairs']}  {parts}"
+    )
+
+
+def markdown(preset: str, results: list[dict]) -> str:
+    """All results of a preset, those of the preset itself first."""
+    about = results[-1]["hardware"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    device = about["gpu"] or f"{about['cores']} cores of {about['cpu']}"
+    head = (
+        f"# ambijax against transformers + PEFT, preset {preset}\n\n"
+        f"`python benchmarks/compare.py --preset {preset}`; what is compared is in [README.md](README.md).\n\n"
+        f"{device}; Python {about['python']}; {versions}. Commits are in `{preset}.json`.\n\n"
+    )
+    plain = [r for r in results if not r["change"]]
+    changed = sorted((r for r in results if r["change"]), key=lambda r: (r["row"], str(r["change"])))
+    text = head + _table(plain) + _split(plain) + _limits(plain)
+    if changed:
+        text += "\n## Other shapes\n\n" + _table(changed)
+    return text
+
+
+def _table(results: list[dict]) -> str:
+    rows = [
+        "| | ours | theirs | ratio [p10, p90] | peak memory, ours / theirs | compiled |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        shape, ours, theirs, ratio = Shape(**r["shape"]), r["ours"], r["reference"], r["ratio"]
+        change = ", ".join(f"{name} {value}" for name, value in r["change"].items())
+        title = TITLES[r["row"]] + (f" ({change})" if change else "")
+        unit, count = PER_STEP.get(r["row"], ("", None))
+        speeds = [
+            f"{x['median']:.3f} s" + (f" = {count(shape) / x['median']:.4g} {unit}" if count else "")
+            for x in (ours, theirs)
+        ]
+        memory = " / ".join(f"{(x['device_bytes'] or x['host_bytes']) / 2**30:.2f}" for x in (ours, theirs))
+        made = f"{ours['compiles']} in {ours['compile_seconds']:.1f} s, then {ours['late_compiles']}"
+        span = f"**{ratio['median']:.2f}** [{ratio['p10']:.2f}, {ratio['p90']:.2f}], {ratio['pairs']} pairs"
+        rows.append(f"| {title} | {speeds[0]} | {speeds[1]} | {span} | {memory} GiB | {made} |")
+    return "\n".join(rows) + "\n"
+
+
+def _split(results: list[dict]) -> str:
+    """Where a step goes, for the rows that have parts."""
+    text = ""
+    for r in results:
+        for side in ("ours", "reference"):
+            if parts := r[side]["parts"]:
+                spelled = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in parts.items())
+                text += f"\n{TITLES[r['row']]}, {side}: {spelled}.\n"
+    return text
+
+
+def _limits(results: list[dict]) -> str:
+    """Distance from the device: matrix rate for training, bandwidth for sampling."""
+    by_row = {r["row"]: r for r in results}
+    text = ""
+    if "matrix" in by_row and "sft" in by_row:
+        n = matrix_size(by_row["matrix"]["hardware"]["gpu"] is None)
+        rate = 2 * n**3 / min(by_row["matrix"][side]["median"] for side in ("ours", "reference"))
+        for side in ("ours", "reference"):
+            shape, seconds = Shape(**by_row["sft"]["shape"]), by_row["sft"][side]["median"]
+            tokens = shape.clips * (shape.prompt + shape.completion)
+            share = 4 * shape.matrix_parameters * tokens / seconds / rate
+            text += (
+                f"\nSFT, {side}: {tokens} real tokens x 4 N (N = {shape.matrix_parameters / 1e6:.1f} M, without "
+                f"recomputation) at {100 * share:.0f} % of the measured {rate / 1e12:.3g} TFLOP/s.\n"
+            )
+    if "copy" in by_row and "rollout" in by_row:
+        bandwidth = 8 * copy_size(by_row["copy"]["hardware"]["gpu"] is None) / by_row["copy"]["ours"]["median"]
+        shape, parts = Shape(**by_row["rollout"]["shape"]), by_row["rollout"]["ours"]["parts"]
+        bytes_each = {"float32": 4, "bfloat16": 2}[shape.dtype]
+        token = 2 * shape.layers * shape.hidden * bytes_each  # keys and values of one token
+        cache = shape.clips * (shape.prompt + shape.samples * shape.new_tokens / 2) * token
+        limit = shape.new_tokens * (shape.matrix_parameters * bytes_each + cache) / bandwidth
+        text += (
+            f"\nDecoding: weights and written cache, read once a token at the measured {bandwidth / 1e9:.0f} GB/s, "
+            f"would take {limit:.2f} s; it took {parts['decode']:.2f} s ({100 * limit / parts['decode']:.0f} %).\n"
+        )
+    return text
