@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from ambijax import losses, readout
 from ambijax.model.decoder import Past
-from ambijax.model.qwen2_audio import Qwen2Audio
+from ambijax.model.qwen2_audio import Qwen2Audio, unstack
 from ambijax.structs import Completions, Prompt, Rollout, Scores
 
 _BLOCK = 256  # words of the vocabulary that are summed before one is drawn from them
@@ -135,7 +135,7 @@ class _Decoding(NamedTuple):
 
     t: jax.Array
     hidden: jax.Array  # [B, G, D] predicts token t
-    own: Past  # each completion's tokens, [L, B, G, N, ...]; slots < t are written
+    own: Past  # each completion's tokens, L arrays [B, K, G, N, D]; slots < t are written
     recent: jax.Array  # [B, G, 1 + anchor length] the last tokens, to spot the anchor
     anchor: jax.Array  # [B, G] position of the anchor's last token, -1 before
     done: jax.Array  # [B, G]
@@ -149,6 +149,7 @@ class _Writer(NamedTuple):
 
     model: Qwen2Audio
     variables: dict
+    layers: tuple[dict, ...]  # of each decoder layer
     prefix: Prefix
     head: jax.Array  # [D, V]
     tokens: Tokens
@@ -163,7 +164,8 @@ class _Writer(NamedTuple):
         n = own.mask.shape[-1]
         positions = (self.prefix.length[:, None] + written)[..., None] + jnp.arange(new.shape[-1])
         past = (self.prefix.past, own.replace(mask=jnp.arange(n) < written[..., None]))
-        return self.model.apply(self.variables, new, positions, jnp.ones(new.shape, bool), past, method="extend")
+        exist = jnp.ones(new.shape, bool)
+        return self.model.apply(self.variables, new, positions, exist, past, self.layers, method="decode")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "tokens", "samples", "max_tokens", "temperature"))
@@ -197,7 +199,9 @@ def rollout(
       temperature: 0 decodes greedily.
     """
     prefix = prefill(model, variables, prompt, {})
-    writer = _Writer(model, variables, prefix, model.apply(variables, method="head"), tokens, ends_line)
+    prefix = prefix._replace(past=prefix.past.unstacked())
+    head = model.apply(variables, method="head")
+    writer = _Writer(model, variables, unstack(variables), prefix, head, tokens, ends_line)
     keys = sample_keys(key, prompt.example, samples)
 
     def keep_going(s: _Decoding) -> jax.Array:
@@ -311,15 +315,13 @@ def _first_reaching(weights: jax.Array, u: jax.Array) -> jax.Array:
 
 def _write(own: Past, new: Past, t: jax.Array) -> Past:
     """Puts one new token's keys and values into slot t, in place under jit."""
-    return own.replace(
-        k=jax.lax.dynamic_update_slice_in_dim(own.k, new.k, t, axis=3),
-        v=jax.lax.dynamic_update_slice_in_dim(own.v, new.v, t, axis=3),
-    )
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=t, axis=3)
+    return own.replace(k=tuple(map(write, own.k, new.k)), v=tuple(map(write, own.v, new.v)))
 
 
 def _start(prefix: Prefix, tokens: Tokens, b: int, g: int, n: int) -> _Decoding:
-    layers, _, _, *heads = prefix.past.k.shape
-    empty = jnp.zeros((layers, b, g, n, *heads), prefix.past.k.dtype)
+    # One array a layer for keys and for values: written in place, never copied out of a stack.
+    empty = tuple(jnp.zeros((b, k.shape[1], g, n, k.shape[3]), k.dtype) for k in prefix.past.k)
     return _Decoding(
         t=jnp.int32(0),
         hidden=jnp.broadcast_to(prefix.last[:, None], (b, g, prefix.last.shape[-1])),

@@ -259,7 +259,7 @@ def test_token_by_token_equals_the_full_forward(grouped, side):
     audio = grouped.apply(batch.mel, batch.frames, method="encode")
     _, prompt = grouped.apply(batch.tokens, prompt_mask, audio, method="prefill")
     text = grouped.model.config.text
-    cache = jnp.zeros((text.num_hidden_layers, len(FRAMES), 1, steps, text.num_key_value_heads, text.head_dim))
+    cache = jnp.zeros((text.num_hidden_layers, len(FRAMES), text.num_key_value_heads, 1, steps, text.head_dim))
     own = Past(cache, cache, jnp.zeros((len(FRAMES), 1, steps), bool))
 
     theirs = reference_logits(grouped, batch)
@@ -268,8 +268,8 @@ def test_token_by_token_equals_the_full_forward(grouped, side):
         positions = (lengths - steps + t)[:, None, None]
         hidden, new = grouped.apply(tokens, positions, np.ones_like(tokens, bool), (prompt, own), method="extend")
         own = Past(
-            own.k.at[:, :, :, t].set(new.k[:, :, :, 0]),
-            own.v.at[:, :, :, t].set(new.v[:, :, :, 0]),
+            own.k.at[:, :, :, :, t].set(new.k[:, :, :, :, 0]),
+            own.v.at[:, :, :, :, t].set(new.v[:, :, :, :, 0]),
             own.mask.at[:, :, t].set(True),
         )
         ours = head(grouped, hidden[:, 0, 0])

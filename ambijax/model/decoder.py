@@ -23,17 +23,21 @@ from ambijax.model.layers import ACTIVATIONS, Dense, RMSNorm, Segment, attention
 class Past:
     """Keys and values of earlier tokens, all layers.
 
-    k, v: [L, B, S, K, D] when shared by the group, else [L, B, G, S, K, D], rotated.
+    k, v: [L, B, K, S, D] when shared by the group, else [L, B, K, G, S, D], rotated; for `decode` a tuple of L arrays.
     mask: [B, S] or [B, G, S], True where the token exists.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: jax.Array | tuple[jax.Array, ...]
+    v: jax.Array | tuple[jax.Array, ...]
     mask: jax.Array
 
     @property
     def shared(self) -> bool:
-        return self.k.ndim == 5
+        return self.mask.ndim == 2
+
+    def unstacked(self) -> "Past":
+        """With an array for each layer."""
+        return self.replace(k=tuple(self.k), v=tuple(self.v))
 
     def segment(self, k: jax.Array, v: jax.Array) -> Segment:
         """One layer's keys and values (self.k[i], self.v[i]) as an attention segment."""
@@ -57,6 +61,7 @@ class DecoderLayer(nn.Module):
         v = dense(c.num_key_value_heads * c.head_dim, True, name="v_proj")(y)
         q, k, v = (z.reshape(*z.shape[:-1], -1, c.head_dim) for z in (q, k, v))
         q, k = rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta)
+        k, v = (jnp.einsum("bgtkd->bkgtd", z) for z in (k, v))
         segments = [p.segment(*kv) for p, kv in zip(past, past_kv, strict=True)]
         y = attention(q, [*segments, Segment(k, v, mask)])
         x += dense(c.hidden_size, False, name="o_proj")(y.reshape(*y.shape[:-2], -1))
@@ -108,11 +113,33 @@ class Decoder(nn.Module):
         Returns:
           normalised hidden states [B, G, T, hidden], and the new tokens as a `Past` with a G axis.
         """
-        steps = jnp.arange(x.shape[2])
-        causal = (steps[:, None] >= steps) & mask[:, :, None, :]
-        x, (k, v) = self.layers(sharding.constrain_batch(x), tuple((p.k, p.v) for p in past), past, positions, causal)
+        x, (k, v) = self.layers(
+            sharding.constrain_batch(x), tuple((p.k, p.v) for p in past), past, positions, _causal(mask)
+        )
+        return self.norm(x), Past(k, v, mask)
+
+    def decode(
+        self, x: jax.Array, positions: jax.Array, mask: jax.Array, past: tuple[Past, ...], layers: tuple[dict, ...]
+    ) -> tuple[jax.Array, Past]:
+        """The same for a loop over tokens, one layer after another without a scan.
+
+        A scan over stacked arrays would copy every layer's weights and caches out of the stack at each token. Here each
+        layer's are arrays of their own: `layers` are its variables, `past` is unstacked, and so is what is returned.
+        """
+        layer = DecoderLayer(self.config, self.lora, parent=None)
+        x, causal, new = sharding.constrain_batch(x), _causal(mask), []
+        for i, variables in enumerate(layers):
+            x, kv = layer.apply(variables, x, tuple((p.k[i], p.v[i]) for p in past), past, positions, causal)
+            new.append(kv)
+        k, v = zip(*new, strict=True)
         return self.norm(x), Past(k, v, mask)
 
     def head(self) -> jax.Array:
         """The output matrix [hidden, vocabulary]."""
         return self.embed_tokens.embedding.T if self.config.tie_word_embeddings else self.lm_head
+
+
+def _causal(mask: jax.Array) -> jax.Array:
+    """Which new tokens [B, G, T] see which: [B, G, T, T]."""
+    steps = jnp.arange(mask.shape[2])
+    return (steps[:, None] >= steps) & mask[:, :, None, :]

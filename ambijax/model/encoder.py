@@ -30,6 +30,7 @@ class EncoderLayer(nn.Module):
         k = Dense(c.d_model, False, self.lora, name="k_proj")(y)
         v = Dense(c.d_model, True, self.lora, name="v_proj")(y)
         q, k, v = (z.reshape(*z.shape[:-1], *heads) for z in (q, k, v))
+        k, v = (jnp.einsum("bshd->bhsd", z) for z in (k, v))
         y = attention(q[:, None], [Segment(k, v, mask[:, None, None])])[:, 0]
         x += Dense(c.d_model, True, self.lora, name="out_proj")(y.reshape(x.shape))
 

@@ -58,7 +58,33 @@ class Dense(nn.Module):
         b = self.variable("lora", "b", lambda: jnp.zeros((rank, self.features))).value
         if self.lora.dropout > 0 and self.has_rng("dropout"):
             x = nn.Dropout(self.lora.dropout, deterministic=False)(x)
-        return self.lora.scale * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
+        return self.lora.scale * low_rank(x, a.astype(x.dtype), b.astype(x.dtype))
+
+
+@jax.custom_vjp
+def low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """x A B with x [..., D], A [D, r], B [r, F].
+
+    Its gradient is written out because of the order of the operands: left to itself, XLA on a CPU turns around the
+    matrices with a row a token, [rows, D] and [rows, F], instead of those of r columns (docs/log.md).
+    """
+    return (x @ a) @ b
+
+
+def _low_rank_forward(x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple]:
+    narrow = x @ a
+    return narrow @ b, (x, a, b, narrow)
+
+
+def _low_rank_backward(saved: tuple, by_y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, a, b, narrow = saved
+    rows = tuple(range(x.ndim - 1))
+    over_rows = lambda y, z: jax.lax.dot_general(y, z, ((rows, rows), ((), ())))  # noqa: E731
+    by_narrow = by_y @ b.T
+    return by_narrow @ a.T, over_rows(by_narrow, x).T, over_rows(narrow, by_y)
+
+
+low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 class RMSNorm(nn.Module):
@@ -93,7 +119,8 @@ def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
 class Segment(NamedTuple):
     """Keys and values that queries may attend to.
 
-    k, v: [B, S, K, D] when the G sequences share them (the prompt), [B, G, S, K, D] when each has its own.
+    k, v: [B, K, S, D] when the G sequences share them (the prompt), [B, K, G, S, D] when each has its own. Heads come
+      first, as the products want them: a cache is never turned around.
     mask: True where a query may look, broadcastable to [B, G, T, S].
     """
 
@@ -116,20 +143,19 @@ def attention(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
       [B, G, T, H, D] in q's dtype; scores and softmax are float32.
     """
     b, g, t, h, d = q.shape
-    kv_heads = segments[0].k.shape[-2]
+    kv_heads = segments[0].k.shape[1]
     # Batch axes first, and the rows that share keys side by side: one large product for a shared segment.
     q = jnp.einsum("bgtkrd->bkgrtd", q.reshape(b, g, t, kv_heads, h // kv_heads, d) * d**-0.5)
     scores = []
     for s in segments:
         own = "g" * (s.k.ndim == 5)
-        k = jnp.einsum(f"b{own}skd->bk{own}sd", s.k)
-        product = jnp.einsum(f"bkgrtd,bk{own}sd->bkgrts", q, k, preferred_element_type=jnp.float32)
+        product = jnp.einsum(f"bkgrtd,bk{own}sd->bkgrts", q, s.k, preferred_element_type=jnp.float32)
         scores.append(jnp.where(s.mask[:, None, :, None], product, MASKED))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
     out, start = 0, 0
     for s, score in zip(segments, scores, strict=True):
         own = "g" * (s.v.ndim == 5)
         w = weights[..., start : start + score.shape[-1]]
-        out += jnp.einsum(f"bkgrts,bk{own}sd->bkgrtd", w, jnp.einsum(f"b{own}skd->bk{own}sd", s.v))
+        out += jnp.einsum(f"bkgrts,bk{own}sd->bkgrtd", w, s.v)
         start += score.shape[-1]
     return jnp.einsum("bkgrtd->bgtkrd", out).reshape(b, g, t, h, d)

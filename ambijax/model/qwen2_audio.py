@@ -52,7 +52,7 @@ class Qwen2Audio(nn.Module):
         x = jnp.where(is_audio[..., None], heard, x)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         x, past = self.language_model(x[:, None], positions[:, None], mask[:, None])
-        return x[:, 0], Past(past.k[:, :, 0], past.v[:, :, 0], mask)
+        return x[:, 0], Past(past.k[:, :, :, 0], past.v[:, :, :, 0], mask)
 
     def extend(
         self, tokens: jax.Array, positions: jax.Array, mask: jax.Array, past: tuple[Past, ...]
@@ -60,6 +60,18 @@ class Qwen2Audio(nn.Module):
         """Continues each prompt with G sequences of T tokens; returns hidden [B, G, T, hidden] and their own past."""
         x = self.language_model.embed(tokens, self.dtype)
         return self.language_model(x, positions, mask, past)
+
+    def decode(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        past: tuple[Past, ...],
+        layers: tuple[dict, ...],
+    ) -> tuple[jax.Array, Past]:
+        """`extend` for a loop over tokens: the past and the `layers`' variables (`unstack`) are not stacked."""
+        x = self.language_model.embed(tokens, self.dtype)
+        return self.language_model.decode(x, positions, mask, past, layers)
 
     def head(self) -> jax.Array:
         """The output matrix [hidden, vocabulary]."""
@@ -78,6 +90,13 @@ def init(model: Qwen2Audio, key: jax.Array) -> dict:
     mel = jnp.zeros((1, 8, c.audio.num_mel_bins))
     tokens = jnp.zeros((1, 4), jnp.int32)
     return dict(model.init(key, mel, jnp.array([6]), tokens, jnp.ones_like(tokens, bool)))
+
+
+def unstack(variables: dict) -> tuple[dict, ...]:
+    """The variables of each decoder layer: {'params': ..., 'lora': ...} of the first, of the second, and so on."""
+    stacked = {name: tree["language_model"]["layers"] for name, tree in variables.items() if "language_model" in tree}
+    count = len(jax.tree.leaves(stacked)[0])
+    return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count))
 
 
 def shapes(model: Qwen2Audio) -> dict:
