@@ -214,11 +214,13 @@ def log_mel(samples: np.ndarray, frames: int, n_mels: int = N_MELS) -> np.ndarra
     padded = np.pad(padded, N_FFT // 2, mode="reflect")  # centres frame i on sample i * HOP
     segments = np.lib.stride_tricks.sliding_window_view(padded, N_FFT)[::HOP]
     result = np.empty((frames, n_mels), np.float32)
-    logs = result[:audible]
+    power = np.empty((audible, N_FFT // 2 + 1), np.float32)
     for start in range(0, audible, BLOCK):
         block = slice(start, min(start + BLOCK, audible))
         spectrum = np.fft.rfft(segments[block] * _hann()).astype(np.complex64)  # the FFT in float64, as the reference
-        np.matmul(spectrum.real**2 + spectrum.imag**2, _mel_filters(n_mels), out=logs[block])
+        np.add(spectrum.real**2, spectrum.imag**2, out=power[block])
+    logs = result[:audible]
+    logs[:] = power @ _mel_filters(n_mels)
     np.log10(np.maximum(logs, POWER_FLOOR, out=logs), out=logs)
     floor = max(np.log10(POWER_FLOOR), logs.max() - DYNAMIC_RANGE)
     np.maximum(logs, floor, out=logs)
@@ -235,8 +237,14 @@ def _hann() -> np.ndarray:
 
 
 @functools.cache
-def _mel_filters(n_mels: int) -> np.ndarray:
-    """Slaney's triangular mel filters of unit area, float32 [N_FFT // 2 + 1, n_mels]."""
+def _mel_filters(n_mels: int) -> object:
+    """Slaney's triangular mel filters of unit area, float32 [N_FFT // 2 + 1, n_mels].
+
+    Sparse, for an FFT bin is heard in two bands at most. That is faster than BLAS, whose threads wait for each other:
+    beside other work a clip of 4.5 s took 0.3 s instead of 1.5 ms.
+    """
+    import scipy.sparse
+
     hertz = np.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1)  # of the FFT bins
     # Slaney's mel scale: linear up to 1 kHz = 15 mel, then 27 mel for each factor of 6.4.
     top = 15 + 27 * np.log(SAMPLE_RATE / 2 / 1000) / np.log(6.4)
@@ -244,4 +252,5 @@ def _mel_filters(n_mels: int) -> np.ndarray:
     edges = np.where(mels < 15, 200 / 3 * mels, 1000 * 6.4 ** ((mels - 15) / 27))  # hertz [n_mels + 2]
     rising = (hertz[:, None] - edges[:-2]) / np.diff(edges)[:-1]
     falling = (edges[2:] - hertz[:, None]) / np.diff(edges)[1:]
-    return (np.maximum(0, np.minimum(rising, falling)) * 2 / (edges[2:] - edges[:-2])).astype(np.float32)
+    dense = (np.maximum(0, np.minimum(rising, falling)) * 2 / (edges[2:] - edges[:-2])).astype(np.float32)
+    return scipy.sparse.csc_array(dense)

@@ -27,6 +27,7 @@ from ambijax import (
     algorithms,
     assemble,
     checkpoint,
+    compilation,
     errors,
     evaluate,
     hosts,
@@ -53,6 +54,7 @@ def train(config: FrozenConfigDict, directory: Path) -> None:
     """One run, from settings to the table; resumes from `directory` when it holds checkpoints."""
     clock = goodput.Clock(directory / "goodput.json" if hosts.is_main() else None)
     jax.monitoring.register_event_duration_secs_listener(clock.compiled)
+    compilation.keep()
     setting = preflight.check(config, directory, write=True)
     with jax.set_mesh(setting.mesh), checkpoint.Checkpoints(directory / "checkpoints", config.checkpoint.keep) as saved:
         meta = assemble.identity(config)
@@ -72,13 +74,15 @@ def train(config: FrozenConfigDict, directory: Path) -> None:
         clock.lap("init")
         if config.steps == 0:
             saved.save(0, state, meta, metric=None)
-        state = loop(setting, sets, state, frozen, optimizer, saved, meta, clock, directory)
+        with compilation.Programs() as programs:
+            state = loop(setting, sets, state, frozen, optimizer, saved, meta, clock, programs, directory)
         table = report(setting, optim.merge(state.trained, frozen), sets, directory)
     clock.lap("evaluation")
     clock.write()
     if hosts.is_main():
         print(table)
         print(clock.summary())
+        print(f"training {programs}")
 
 
 def loop(
@@ -90,6 +94,7 @@ def loop(
     saved: checkpoint.Checkpoints,
     meta: dict,
     clock: goodput.Clock,
+    programs: compilation.Programs,
     directory: Path,
 ) -> TrainState:
     """Trains from `state.step` to `config.steps`; what it returns is on the disk.
@@ -113,6 +118,7 @@ def loop(
         health = Health(config, log, int(state.guard.skipped))
         for step in bar:
             watchdog.feed()
+            programs.at(step)
             began = time.perf_counter()
             key = jax.random.fold_in(root, step)
             batch = dataset.batch_at(config.seed, step, config.data.batch_size)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from ambijax import algorithms, audio, compilation, convert, data, features, policy, sharding, update
+from ambijax import agent, algorithms, audio, compilation, convert, data, features, policy, sharding, update
 from ambijax.model import config as model_config
 from ambijax.model import qwen2_audio
 from ambijax.structs import Batch, Completions, Preferences, Prompt
@@ -26,7 +26,7 @@ programs.__enter__()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Timed(algorithms.Setting):
+class Timed(agent.Setting):
     """A setting that measures how long its roll-outs and scores take."""
 
     parts: dict = dataclasses.field(default_factory=dict)
@@ -103,15 +103,15 @@ class Side:
         target = np.full((self.shape.clips, len(VOCABULARY.labels)), 1 / len(VOCABULARY.labels), np.float32)
         return Batch(self.prompt(self.shape.clips, live=live), gold, gold.mask.copy(), target)
 
-    def updating(self, setting: Timed, loss: Callable) -> Callable[[object, jax.Array], None]:
-        """collected, key -> one update of the adapters, done when it returns."""
+    def updating(self, setting: Timed, loss: Callable) -> Callable[[tuple, jax.Array], None]:
+        """(parts, key) -> one update of the adapters, done when it returns."""
         state, frozen, optimizer = update.start(setting.config, self.variables)
-        plain = algorithms.Setting(setting.model, setting.vocabulary, setting.mesh, setting.config)
+        plain = agent.Setting(setting.model, setting.vocabulary, setting.mesh, setting.config)
         updated = update.make_update(plain, loss, optimizer, state)
 
-        def step(collected: object, key: jax.Array) -> None:
+        def step(parts: tuple, key: jax.Array) -> None:
             nonlocal state
-            state, aux = updated(state, frozen, collected, key)
+            state, aux = updated(state, frozen, parts, key)
             jax.block_until_ready((state, aux))
 
         return step
@@ -160,7 +160,7 @@ def sft_row(side: Side, *, live: bool = False) -> Step:
     setting = side.setting(sft)
     batch = side.batch(side.shape.completion, live=live)
     one = side.updating(setting, algorithms.sft_loss)
-    return lambda: one(sharding.place(batch, side.mesh), jax.random.key(0))
+    return lambda: one((sharding.place(batch, side.mesh),), jax.random.key(0))
 
 
 def dpo_row(side: Side) -> Step:
@@ -176,7 +176,7 @@ def dpo_row(side: Side) -> Step:
         )
         reference = setting.score({"params": side.variables["params"]}, prompt, completions, {})
         pairs = sharding.place(np.ones((b, 1), bool), side.mesh)
-        one(Preferences(prompt, completions, ce_mask, pairs, reference.logp, target), jax.random.key(0))
+        one((Preferences(prompt, completions, ce_mask, pairs, reference.logp, target),), jax.random.key(0))
 
     return step
 
@@ -204,9 +204,9 @@ def rollout(side: Side) -> Step:
 
 def grpoz_row(side: Side) -> Step:
     """`collect` and `loss` of the algorithm as the training loop calls them."""
-    setting, algorithm = side.setting(grpoz), algorithms.ALGORITHMS["grpoz"]
+    setting = side.setting(grpoz)
     batch = side.batch(side.shape.new_tokens)
-    one = side.updating(setting, algorithm.loss)
+    one = side.updating(setting, algorithms.group_loss)
     prefill, keys = _prefill(side), iter(jax.random.split(jax.random.key(0), 1000))
     placed = sharding.place(batch.prompt, side.mesh)
 
@@ -214,7 +214,7 @@ def grpoz_row(side: Side) -> Step:
         parts, key = setting.parts, next(keys)
         parts.clear()
         with clock(parts, "total"):
-            collected, _, _ = algorithm.collect(setting, side.variables, batch, key)
+            collected, _, _ = algorithms.collect(setting, side.variables, batch, key)
             with clock(parts, "update"):
                 one(collected, key)
         with clock(parts, "prefill"):

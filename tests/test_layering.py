@@ -11,7 +11,7 @@ PACKAGE = Path(ambijax.__file__).parent
 LAYERS = [
     ["errors"],
     ["signals"],
-    ["hosts", "chips", "cost"],
+    ["hosts", "chips", "cost", "compilation"],
     ["emotions", "workdir", "digest", "watchdog", "planned"],
     ["journal", "goodput"],
     ["audio", "reasoning", "health"],

@@ -1,0 +1,107 @@
+"""Programs are counted, kept for the next process, and none is made after warm-up whatever the clips' lengths."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ambijax import audio, compilation, data, losses, policy
+from tests import small
+
+WINDOWS = (256, 1024, 3000)
+COUNT = """
+import jax
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+from ambijax import compilation
+compilation.keep()
+with compilation.Programs() as programs:
+    jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8)))
+print(programs.compiled, programs.cached)
+"""
+
+
+def _count(**environment: str) -> tuple[list[int], str]:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", COUNT],
+        env=os.environ | {"XLA_FLAGS": ""} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [int(n) for n in done.stdout.split()], done.stderr
+
+
+def test_a_second_process_compiles_nothing(tmp_path):
+    (compiled, cached), err = _count(XDG_CACHE_HOME=str(tmp_path))
+    assert compiled > 0
+    assert (cached, err) == (0, "")
+    assert _count(XDG_CACHE_HOME=str(tmp_path)) == ([0, compiled], "")
+
+
+def test_without_a_place_or_a_wish_nothing_is_kept(tmp_path):
+    (tmp_path / "file").touch()
+    (_, cached), err = _count(XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert cached == 0
+    assert len(err.splitlines()) == 1
+    assert "JAX_COMPILATION_CACHE_DIR" in err
+    assert _count(XDG_CACHE_HOME=str(tmp_path / "off"), JAX_ENABLE_COMPILATION_CACHE="false")[1] == ""
+    assert not (tmp_path / "off").exists()
+
+
+def test_the_last_step_that_compiled_is_known():
+    f = jax.jit(lambda x: x * 3 + 1)
+    with compilation.Programs() as programs:
+        for step, n in enumerate((2, 3, 3, 2)):
+            programs.at(step)
+            f(np.ones(n, np.float32))
+    assert (programs.compiled, programs.last) == (2, 1)
+    before = programs.compiled
+    f(np.ones(4, np.float32))  # outside: not counted
+    assert programs.compiled == before
+
+
+def _prompt(seconds: list[float], example: int):
+    frames = [audio.mel_frames(round(s * audio.SAMPLE_RATE)) for s in seconds]
+    sounds = [data.Sound(f, np.ones((audio.tokens(f), 32), np.float32)) for f in frames]
+    tokens = [np.array([9, *[small.AUDIO] * s.tokens, small.TOKENS.newline], np.int32) for s in sounds]
+    numbers = range(example, example + len(tokens))
+    return data.prompts(
+        tokens, sounds, numbers, windows=WINDOWS, text_tokens=16, pad=small.TOKENS.pad, live_tower=False
+    )
+
+
+def test_nothing_compiles_after_warm_up_over_clips_of_1_to_30_seconds():
+    model = small.model()
+    variables = small.variables(model)
+    options = {"class_ids": small.TOKENS.classes, "temperature": 1.0, "chunk": 4, "rngs": {}}
+
+    @jax.jit
+    def update(lora, prompt, completions):
+        def loss(lora):
+            scores = policy.score(model, {**variables, "lora": lora}, prompt, completions, **options)
+            return losses.cross_entropy(scores.logp, completions.mask).mean()
+
+        return jax.tree.map(lambda x, g: x - 1e-3 * g, lora, jax.grad(loss)(lora))
+
+    def step(prompt, lora, key):
+        rolled = policy.rollout(
+            *(model, {**variables, "lora": lora}, prompt, key, small.ENDS_LINE),
+            **{"tokens": small.TOKENS, "samples": 2, "max_tokens": 4, "temperature": 1.0},
+        )
+        lora = update(lora, prompt, rolled.completions)  # GRPO's: G = 2
+        return update(lora, prompt, jax.tree.map(np.asarray, small.completions(2, 1, 4)))  # SFT's: G = 1
+
+    keys = [jax.random.key(i) for i in range(8)]
+    lora = jax.tree.map(jnp.array, variables["lora"])
+    with compilation.Programs() as programs:
+        for seconds in (1.0, 5.0, 29.0):  # every declared window once
+            lora = step(_prompt([seconds, 1.0], 0), lora, keys[0])
+        warm = programs.compiled
+        assert warm >= 3 * 3
+        for i, seconds in enumerate((1.3, 2.4, 4.5, 9.9, 10.5, 30.0)):
+            lora = step(_prompt([seconds, 1.0 + i], i), lora, keys[i])
+    assert programs.compiled == warm
+    assert np.isfinite(jax.tree.leaves(lora)[0]).all()

@@ -1,0 +1,91 @@
+"""What makes a step fast changes nothing: each speed-up against the plain computation it replaces."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ambijax import losses, policy
+from ambijax.model.layers import low_rank
+from tests import small
+
+T = 6
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small.model()
+
+
+@pytest.fixture(scope="module")
+def variables(model):
+    return small.variables(model)
+
+
+def _loss_and_gradient(model, variables, prompt, completions):
+    def loss(lora):
+        scores = policy.score(
+            *(model, {"params": variables["params"], "lora": lora}, prompt, completions),
+            **{"class_ids": small.TOKENS.classes, "temperature": 1.0, "chunk": 4, "rngs": {}},
+        )
+        kl = losses.soft_label_kl(jnp.full(scores.readout.shape, 1 / 3), scores.readout)
+        return jnp.mean(losses.cross_entropy(scores.logp, completions.mask) + kl)
+
+    return jax.jit(jax.value_and_grad(loss))(variables["lora"])
+
+
+def test_a_group_in_one_row_has_the_loss_and_gradients_of_separate_rows(model, variables):
+    # Completions that saw each other, or positions that went on after the first, would give other gradients.
+    prompt, group = small.prompts(2), small.completions(2, 3, T)
+    loss, gradient = _loss_and_gradient(model, variables, prompt, group)
+    copies = jax.tree.map(lambda x: np.repeat(x, 3, axis=0), prompt)  # what everybody else does: K copies of the prompt
+    alone = jax.tree.map(lambda x: x.reshape(6, 1, *x.shape[2:]), group)
+    plain_loss, plain_gradient = _loss_and_gradient(model, variables, copies, alone)
+    np.testing.assert_allclose(loss, plain_loss, atol=1e-5)
+    scale = max(np.abs(g).max() for g in jax.tree.leaves(plain_gradient))
+    assert scale > 1e-2  # else the comparison says nothing
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, scale)), gradient, plain_gradient)
+
+
+def test_a_kept_tower_output_is_that_of_the_live_tower(model, variables):
+    # Gradients of the adapters too, for a window wider than the clips: what lies behind a clip must not be heard.
+    rng = np.random.default_rng(0)
+    prompt, given = small.prompts(2), small.completions(2, 2, T)
+    mel, frames = rng.normal(size=(2, 24, 8)).astype(np.float32), np.array([13, 14], np.int32)  # 3 audio tokens each
+    live = prompt.replace(audio=None, mel=mel, frames=frames)
+    encode = jax.jit(lambda mel, frames: model.apply(variables, mel, frames, method="encode"))
+    kept = prompt.replace(audio=np.array(encode(mel[:, :16], frames)))
+    (loss, gradient), (kept_loss, kept_gradient) = (
+        _loss_and_gradient(model, variables, p, given) for p in (live, kept)
+    )
+    np.testing.assert_allclose(loss, kept_loss, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, kept_gradient)
+    other = _loss_and_gradient(model, variables, prompt, given)[0]
+    assert abs(float(loss) - float(other)) > 1e-4  # it does listen
+
+
+def test_decoding_layer_by_layer_equals_the_scan(model, variables):
+    # Through the forced read-out, which runs over everything that decoding left in the caches.
+    prompt = small.prompts(2)
+    rolled = policy.rollout(
+        *(model, variables, prompt, jax.random.key(3), small.ENDS_LINE),
+        **{"tokens": small.TOKENS, "samples": 3, "max_tokens": T, "temperature": 1.0},
+    )
+    assert rolled.forced.any()
+    scores = policy.score(
+        *(model, variables, prompt, policy.anchored(rolled, small.TOKENS)),
+        **{"class_ids": small.TOKENS.classes, "temperature": 1.0, "chunk": 4, "rngs": {}},
+    )
+    np.testing.assert_allclose(rolled.readout, scores.readout, atol=1e-4)
+    np.testing.assert_allclose(np.where(rolled.completions.mask, rolled.logp, 0), scores.logp[..., :T], atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (2, 3, 4, 5)])
+def test_gradients_of_the_adapters_product(shape):
+    rng = np.random.default_rng(0)
+    x, a, b = (rng.normal(size=s).astype(np.float32) for s in (shape, (5, 2), (2, 9)))
+    by_y = rng.normal(size=(*shape[:-1], 9)).astype(np.float32)
+    ours = jax.vjp(low_rank, x, a, b)[1](by_y)
+    plain = jax.vjp(lambda x, a, b: x @ a @ b, x, a, b)[1](by_y)
+    for one, other in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
