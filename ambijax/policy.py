@@ -199,9 +199,7 @@ def rollout(
       temperature: 0 decodes greedily.
     """
     prefix = prefill(model, variables, prompt, {})
-    prefix = prefix._replace(past=prefix.past.unstacked())
-    head = model.apply(variables, method="head")
-    writer = _Writer(model, variables, unstack(variables), prefix, head, tokens, ends_line)
+    writer = _writer(model, variables, prefix, tokens, ends_line)
     keys = sample_keys(key, prompt.example, samples)
 
     def keep_going(s: _Decoding) -> jax.Array:
@@ -215,6 +213,13 @@ def rollout(
         return _append(writer, s, logits, token, logp)
 
     return _finish(writer, jax.lax.while_loop(keep_going, step, _start(prefix, tokens, *keys.shape, max_tokens)))
+
+
+def _writer(model: Qwen2Audio, variables: dict, prefix: Prefix, tokens: Tokens, ends_line: jax.Array) -> _Writer:
+    prefix = prefix._replace(past=prefix.past.unstacked())
+    return _Writer(
+        model, variables, unstack(variables), prefix, model.apply(variables, method="head"), tokens, ends_line
+    )
 
 
 def _append(w: _Writer, s: _Decoding, logits: jax.Array, token: jax.Array, logp: jax.Array) -> _Decoding:
@@ -356,10 +361,10 @@ def stream(
       what is written so far. Its read-out is the one after that much reasoning, forced unless it came to its answer;
       the last one is `rollout`'s.
     """
-    read, s = _begin(model, variables, prompt, tokens=tokens, max_tokens=max_tokens)
+    prefix, s = _begin(model, variables, prompt, tokens=tokens, max_tokens=max_tokens)
     over = False
     while not over:
-        s, rolled = _advance(model, variables, read, s, ends_line, tokens=tokens, chunk=chunk)
+        s, rolled = _advance(model, variables, prefix, s, ends_line, tokens=tokens, chunk=chunk)
         over = bool(s.done.all()) or int(s.t) == max_tokens
         yield rolled
 
@@ -367,23 +372,23 @@ def stream(
 @functools.partial(jax.jit, static_argnames=("model", "tokens", "max_tokens"))
 def _begin(
     model: Qwen2Audio, variables: dict, prompt: Prompt, *, tokens: Tokens, max_tokens: int
-) -> tuple[_Read, _Decoding]:
-    read = _read(model, variables, prompt, {})
-    return read, _start(read, tokens, len(prompt.tokens), 1, max_tokens)
+) -> tuple[Prefix, _Decoding]:
+    prefix = prefill(model, variables, prompt, {})
+    return prefix, _start(prefix, tokens, len(prompt.tokens), 1, max_tokens)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "tokens", "chunk"))
 def _advance(
     model: Qwen2Audio,
     variables: dict,
-    read: _Read,
+    prefix: Prefix,
     s: _Decoding,
     ends_line: jax.Array,
     *,
     tokens: Tokens,
     chunk: int,
 ) -> tuple[_Decoding, Rollout]:
-    writer = _Writer(model, variables, read, model.apply(variables, method="head"), tokens, ends_line)
+    writer = _writer(model, variables, prefix, tokens, ends_line)
     until = jnp.minimum(s.t + chunk, s.tokens.shape[-1])
 
     def step(s: _Decoding) -> _Decoding:
