@@ -162,6 +162,7 @@ def tiny(tmp_path_factory) -> tuple[plan.Case, dict]:
     return case, plan.run(case)
 
 
+@pytest.mark.slow
 def test_every_step_kind_of_a_run_is_planned(tiny):
     _, result = tiny
     assert [p["name"] for p in result["programs"]] == ["encode", "roll-out", "reference", "update", "evaluation"]
@@ -177,6 +178,7 @@ def test_every_step_kind_of_a_run_is_planned(tiny):
         assert "mesh data 1 x fsdp 4 x tensor 2" in text
 
 
+@pytest.mark.slow
 def test_a_plan_is_compiled_once(tiny, monkeypatch):
     case, result = tiny
 
@@ -187,6 +189,7 @@ def test_a_plan_is_compiled_once(tiny, monkeypatch):
     assert plan.run(case) == result
 
 
+@pytest.mark.slow
 def test_no_program_gathers_logits_or_holds_whole_weights(tiny):
     case, _ = tiny
     rows = model_config.load(case.config.model.checkpoint).text.vocab_size
