@@ -193,7 +193,7 @@ def aggregate(per_token: jax.Array, mask: jax.Array, how: str, *, tokens: jax.Ar
         return jnp.mean(masked_mean(per_token, mask, axis=-1), axis=-1) * (per_token.shape[-2] / members)
     total = jnp.sum(jnp.where(mask, per_token, 0), axis=(-2, -1))
     if how == "token_mean":
-        return total / jnp.maximum(tokens, 1)
+        return total / jnp.where(tokens > 0, tokens, 1)
     if how == "constant_length":
         return total / (members * max_length)
     raise ConfigError(f"loss aggregation '{how}' is unknown; choose sequence_mean, token_mean or constant_length")

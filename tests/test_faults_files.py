@@ -220,9 +220,7 @@ def flip(path, at: float = 0.9) -> None:
     [
         (lambda root: flip(root / "model" / "model.safetensors"), "base is "),
         (
-            lambda root: edit(
-                root / "model" / "config.json", '"text_config": {', '"text_config": {"rms_norm_eps": 1e-5,'
-            ),
+            lambda root: edit(root / "model" / "config.json", '"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06'),
             "shape.",
         ),
         (lambda root: edit(root / "model" / "tokenizer.json", "{", "{ "), "tokenizer is "),

@@ -23,10 +23,10 @@ STEPS = """
 import sys, time
 import jax, numpy as np
 from jax.experimental import multihost_utils
-from ambijax import errors, hosts
+from ambijax import errors, hosts, signals
 
 def main():
-    with hosts.cluster(heartbeat={heartbeat}, start=60), hosts.interruptible():
+    with hosts.cluster(heartbeat={heartbeat}, start=60), signals.guarding(lambda: True, 30):
         assert hosts.from_main([jax.process_index(), "ü"]) == [0, "ü"]
         for step in range(600):
             total = multihost_utils.process_allgather(np.int32(1)).sum()
