@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 from scipy.special import rel_entr, softmax
 
@@ -128,7 +128,8 @@ def gradient(setting: Setting, parts: tuple) -> tuple[dict, dict]:
     variables = placed(setting)
     trained, frozen = optim.split(variables, optim.labels(variables, ("lora/.*",)))
     descent = optax.sgd(1.0)
-    state = TrainState(jnp.int32(0), trained, descent.init(trained), guard.start(2))
+    zero, counters = jax.device_put((jnp.int32(0), guard.start(2)), NamedSharding(setting.mesh, PartitionSpec()))
+    state = TrainState(zero, trained, descent.init(trained), counters)
     before = jax.tree.map(np.asarray, trained)
     with jax.set_mesh(setting.mesh):
         step = update.make_update(setting, ALGORITHMS[setting.config.algorithm].loss, descent, state)
