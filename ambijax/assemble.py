@@ -86,7 +86,7 @@ def identity(config: FrozenConfigDict) -> dict:
     """
     settings = {key: value for key, value in config.to_dict().items() if key not in _FREE}
     settings["eval"] = {"max_clips": config.eval.max_clips}  # the longest prompt of all splits fixes the shapes
-    del settings["data"]["root"], settings["model"]["checkpoint"]  # they may move
+    del settings["data"]["root"], settings["data"]["features"], settings["model"]["checkpoint"]  # they may move
     return settings | {
         "base": convert.digest(config.model.checkpoint),
         "shape": dataclasses.asdict(model_config.load(config.model.checkpoint)),
@@ -153,6 +153,7 @@ def datasets(setting: Setting, params: dict, names: tuple[str, ...], *, edit: Ed
         setting.mesh,
         windows=tuple(d.windows),
         live_tower=live,
+        directory=d.features,
     )
     return data.build(
         parts,

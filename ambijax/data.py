@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import tqdm
 
-from ambijax import audio, manifest, reasoning
+from ambijax import audio, kept, manifest, reasoning
 from ambijax.errors import ConfigError
 from ambijax.prompt import Vocabulary, encode_gold, encode_prompt
 from ambijax.structs import Batch, Completions, Prompt
@@ -25,7 +25,7 @@ class Sound:
     """What the model hears of one clip: tower output [A, D] while the tower is frozen, else log-mel [M, F]."""
 
     frames: int  # valid mel frames
-    values: np.ndarray
+    values: np.ndarray | kept.Kept  # in memory, or on the disk until it is asked for
 
     @property
     def tokens(self) -> int:
@@ -126,7 +126,7 @@ def prompts(
     if live_tower:
         heard = {"mel": np.stack([s.values for s in sounds]), "frames": np.array([s.frames for s in sounds], np.int32)}
     else:
-        heard = {"audio": _pad([s.values for s in sounds], window // 4, 0)}
+        heard = {"audio": _pad([np.asarray(s.values) for s in sounds], window // 4, 0)}
     return Prompt(
         tokens=_pad(tokens, length, pad),
         mask=np.arange(length) < lengths[:, None],

@@ -1,19 +1,26 @@
 """Clips to `data.Sound`: log-mel of every file and, while the audio tower is frozen, its output, once a clip."""
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
+import hashlib
+import importlib.metadata
+import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
-from ambijax import audio, sharding
+from ambijax import audio, hosts, kept, sharding
 from ambijax.data import Sound
 from ambijax.errors import DataError
 from ambijax.manifest import Corpus, Utterance
+from ambijax.model import encoder, layers, qwen2_audio
 from ambijax.model.qwen2_audio import Qwen2Audio
 
 CLIPS = 16  # clips encoded at once
@@ -89,23 +96,94 @@ def compute(
     *,
     windows: tuple[int, ...],
     live_tower: bool,
+    directory: str,
 ) -> dict[str, Sound]:
     """Utterance id -> sound for a whole corpus, with a progress bar.
 
-    With a live tower every clip is put into the largest window that the corpus needs, so that any batch stacks.
+    With a live tower every clip is put into the largest window that the corpus needs, so that any batch stacks. With a
+    frozen one its outputs are kept in `directory`, and only those that are not there are computed; '' keeps none.
 
     Raises:
       DataError: a file is missing or broken; names it.
     """
     utterances = list(utterances)
-    bar = tqdm.tqdm(utterances, desc="features", unit="clip", mininterval=1.0)
-    paths = (corpus.path(u) for u in bar)
-    if live_tower:
-        loaded = [audio.load(path) for path in paths]
-        window = audio.window(max(audio.mel_frames(len(clip)) for clip in loaded), windows)
-        n_mels = model.config.audio.num_mel_bins
-        sounds = [Sound(audio.mel_frames(len(clip)), audio.log_mel(clip, window, n_mels)) for clip in loaded]
-    else:
-        clips = (Clip(audio.declared_frames(path), functools.partial(audio.load, path)) for path in paths)
-        sounds = encode(model, {"params": params}, mesh, clips, windows)
+    paths = [corpus.path(u) for u in utterances]
+    with tqdm.tqdm(total=len(paths), desc="features", unit="clip", mininterval=1.0) as bar:
+        if live_tower:
+            sounds = _mels(paths, windows, model.config.audio.num_mel_bins, bar)
+        else:
+            sounds = _outputs(paths, model, params, mesh, windows, kept.Shelf(directory), bar)
     return {u.id: sound for u, sound in zip(utterances, sounds, strict=True)}
+
+
+def _mels(paths: list[Path], windows: tuple[int, ...], n_mels: int, bar: tqdm.tqdm) -> list[Sound]:
+    loaded = []
+    for path in paths:
+        loaded.append(audio.load(path))
+        bar.update()
+    window = audio.window(max(audio.mel_frames(len(clip)) for clip in loaded), windows)
+    return [Sound(audio.mel_frames(len(clip)), audio.log_mel(clip, window, n_mels)) for clip in loaded]
+
+
+def _outputs(
+    paths: list[Path],
+    model: Qwen2Audio,
+    params: dict,
+    mesh: Mesh,
+    windows: tuple[int, ...],
+    shelf: kept.Shelf,
+    bar: tqdm.tqdm,
+) -> list[Sound]:
+    """Projected tower outputs, from the shelf where they are there; those that are not are computed and put there."""
+    clips = [Clip(audio.declared_frames(path), functools.partial(audio.load, path)) for path in paths]
+    keys, found = [""] * len(clips), [None] * len(clips)
+    if shelf.keeps:
+        origin = _origin(model, params, mesh)
+        width, dtype = model.config.text.hidden_size, np.dtype(model.dtype)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            if hosts.is_main():
+                keys = list(
+                    pool.map(lambda path, clip: _key(origin, path, audio.window(clip.frames, windows)), paths, clips)
+                )
+            keys = hosts.from_main(keys)
+            found = list(
+                pool.map(lambda key, clip: shelf.find(key, (audio.tokens(clip.frames), width), dtype), keys, clips)
+            )
+    if shelf.damaged:
+        tqdm.tqdm.write(f"{len(shelf.damaged)} kept tower outputs are damaged and made anew, {shelf.damaged[0]} say")
+    missing = np.flatnonzero(hosts.anywhere([values is None for values in found]))
+    bar.update(len(clips) - len(missing))
+    computed = encode(model, {"params": params}, mesh, [clips[i] for i in missing], windows)
+    for i, sound in zip(missing, computed, strict=True):
+        found[i] = shelf.put(keys[i], sound.values)
+        bar.update()
+    return [Sound(clip.frames, values) for clip, values in zip(clips, found, strict=True)]
+
+
+def _origin(model: Qwen2Audio, params: dict, mesh: Mesh) -> str:
+    """The digest of all that a tower output depends on to the last bit, the clip and its window aside: weights, shape,
+    precision, code, libraries and devices."""
+    modules = (audio, layers, encoder, qwen2_audio, sys.modules[__name__])
+    about = {
+        "format": kept.FORMAT,
+        "config": repr(model.config),
+        "dtype": str(np.dtype(model.dtype)),
+        "mesh": dict(mesh.shape),
+        "devices": mesh.devices.flat[0].device_kind,
+        "code": [hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() for module in modules],
+        "versions": [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy", "scipy", "soxr")],
+    }
+    sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    weights = {name: params[name] for name in ("audio_tower", "multi_modal_projector")}
+    for path, leaf in zip(*map(jax.tree.leaves, (sharding.paths(weights), weights)), strict=True):
+        values = np.ascontiguousarray(sharding.fetch(leaf))
+        sha.update(f"{path} {values.dtype} {values.shape}".encode())
+        sha.update(values.view(np.uint8))
+    return sha.hexdigest()
+
+
+def _key(origin: str, path: Path, window: int) -> str:
+    """The name of a clip's tower output on the shelf."""
+    with path.open("rb") as file:
+        sound = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(f"{origin} {sound} {window}".encode()).hexdigest()

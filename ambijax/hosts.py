@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -142,6 +142,12 @@ def from_main(value: object) -> object:
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     padded = text if is_main() else np.zeros(length, np.uint8)
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+
+
+def anywhere(flags: Sequence[bool]) -> np.ndarray:
+    """Which of the flags, bool [N], are set in at least one process; every process must ask."""
+    flags = np.array(flags, bool)
+    return flags if jax.process_count() == 1 else multihost_utils.process_allgather(flags).any(axis=0)
 
 
 class _Watch:

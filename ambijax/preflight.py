@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from ml_collections import FrozenConfigDict
 
-from ambijax import assemble, convert, manifest, optim
+from ambijax import assemble, convert, kept, manifest, optim
 from ambijax.algorithms import Setting
 from ambijax.errors import AmbijaxError, ConfigError, DataError
 from ambijax.model import qwen2_audio
@@ -99,7 +99,18 @@ def plan(setting: Setting, directory: Path) -> str:
         "trained": f"{trained_parameters(setting):,} parameters",
         "corpus": f"{c.data.root}: {clips}",
         "steps": f"{c.steps} of {c.data.batch_size} prompts{epochs}",
+        "features": _features(c),
         "checkpoints": f"{size:,.1f} MB, every {c.checkpoint.every} steps or {c.checkpoint.seconds:g} s, the newest "
         f"{c.checkpoint.keep} stay; {free:,.1f} GB free in {directory}",
     }
     return "\n".join(f"{name:<13}{text}" for name, text in rows.items())
+
+
+def _features(config: FrozenConfigDict) -> str:
+    """Where tower outputs are kept and how many there are, of all runs."""
+    if assemble.trains_tower(config):
+        return "anew in every step, for the tower is trained"
+    if not config.data.features:
+        return "made in every run, for data.features is empty"
+    count, size = kept.size(config.data.features)
+    return f"{count:,} tower outputs, {size / 1e9:,.1f} GB, kept in {config.data.features}; remove it when you like"

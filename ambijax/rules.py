@@ -90,6 +90,7 @@ RULES = {
     "data.dev": _one_of("next_fold", "groups"),
     "data.batch_size": _whole(1, 2**16),
     "data.windows": _list_of(lambda v: type(v) is int and 2 < v <= 3000 and v % 2 == 0, "even mel lengths up to 3000"),
+    "data.features": Rule(lambda v: v == "" or _is_name(v), "a directory, or empty"),
     "data.max_tokens": _whole(8, 2**14),
     "data.cot": _FLAG,
     "data.gold_label": _one_of("argmax", "sample"),

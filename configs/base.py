@@ -5,11 +5,14 @@ Every number of an experiment stands in this directory, none in the package. "Pa
 "unknown" marks what it leaves open and we had to choose. An algorithm's own file changes only what it is about.
 """
 
+import os
 from importlib import resources
 
 from ml_collections import ConfigDict
 
 from ambijax import emotions
+
+CACHE = (os.environ.get("XDG_CACHE_HOME") or "~/.cache") + "/ambijax"  # where compiled programs are kept, too
 
 
 def get_config(corpus: str) -> ConfigDict:
@@ -43,6 +46,7 @@ def get_config(corpus: str) -> ConfigDict:
     c.data = ConfigDict()
     c.data.batch_size = 8  # prompts a step, over all devices; unknown
     c.data.windows = (256, 512, 1024, 3000)  # audio lengths in 10 ms mel frames that programs are compiled for
+    c.data.features = f"{CACHE}/features"  # outputs of the frozen tower, a clip's made once ever; "" keeps none
     c.data.max_tokens = 256  # completion length; the paper's chains of thought are about 150 words
     c.data.cot = True  # False: answer without reasoning (Table 3)
     c.data.gold_label = "argmax"  # class word of the curated trajectory; unknown, alternative: sample from the votes

@@ -12,7 +12,7 @@ LAYERS = [
     ["errors"],
     ["signals"],
     ["hosts", "chips", "cost", "compilation"],
-    ["emotions", "workdir", "digest", "watchdog", "planned"],
+    ["emotions", "workdir", "digest", "kept", "watchdog", "planned"],
     ["journal", "goodput"],
     ["audio", "reasoning", "health"],
     ["acoustics", "structs", "sharding", "losses", "metrics", "manifest", "significance", "calibration"],
