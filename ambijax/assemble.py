@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import FrozenConfigDict
 
-from ambijax import checkpoint, convert, data, features, hosts, manifest, optim, peft, prompt, sharding
+from ambijax import checkpoint, convert, data, features, hosts, manifest, optim, peft, prompt, settings, sharding
 from ambijax.agent import Setting
 from ambijax.corpora import synthetic
 from ambijax.errors import ConfigError, DataError
@@ -84,10 +84,11 @@ def identity(config: FrozenConfigDict) -> dict:
     Raises:
       ConfigError, DataError: the model or the corpus is missing or broken.
     """
-    settings = {key: value for key, value in config.to_dict().items() if key not in _FREE}
-    settings["eval"] = {"max_clips": config.eval.max_clips}  # the longest prompt of all splits fixes the shapes
-    del settings["data"]["root"], settings["data"]["features"], settings["model"]["checkpoint"]  # they may move
-    return settings | {
+    kept = {key: value for key, value in config.to_dict().items() if key not in _FREE}
+    # The longest prompt of all splits fixes the shapes; dev scores of other clips or measures are not to be compared.
+    kept["eval"] = {key: config.eval[key] for key in ("max_clips", "dev_clips", "metric")}
+    del kept["data"]["root"], kept["data"]["features"], kept["model"]["checkpoint"]  # they may move
+    return kept | {
         "base": convert.digest(config.model.checkpoint),
         "shape": dataclasses.asdict(model_config.load(config.model.checkpoint)),
         "tokenizer": prompt.digest(config.model.checkpoint),
@@ -198,7 +199,8 @@ def initial(setting: Setting, params: dict) -> dict:
     if peft.is_directory(start):
         earlier, wrong = {"lora": peft.load(start, setting.model.lora)}, []
     else:
-        _, earlier, meta = checkpoint.load_adapters(start / "checkpoints", best=False)
+        best = settings.load(start).eval.checkpoint == "best"
+        _, earlier, meta = checkpoint.load_adapters(start / "checkpoints", best=best)
         wrong = _differences(config, meta)
     labels = flax.traverse_util.flatten_dict(optim.labels(variables, config.optim.train), sep="/")
     if frozen := [path for path in flax.traverse_util.flatten_dict(earlier, sep="/") if labels.get(path) == "frozen"]:
@@ -225,10 +227,16 @@ def _differences(config: FrozenConfigDict, meta: dict) -> list[str]:
     return wrong
 
 
-def trained(setting: Setting, run: Path) -> dict:
-    """The variables of a finished run: its base weights, with what it trained in place."""
-    _, loaded, _ = checkpoint.load_adapters(run / "checkpoints", best=False)
-    return _replaced(setting, {"params": base(setting)}, loaded, run)
+def trained(setting: Setting, variables: dict, run: Path) -> tuple[int, dict]:
+    """The step of the checkpoint that `eval.checkpoint` says is the run's model, and its variables.
+
+    Args:
+      setting: the run's.
+      variables: at least its base weights; what it trained takes its place in them.
+      run: the run's directory.
+    """
+    step, loaded, _ = checkpoint.load_adapters(run / "checkpoints", best=setting.config.eval.checkpoint == "best")
+    return step, _replaced(setting, variables, loaded, run)
 
 
 def _replaced(setting: Setting, variables: dict, loaded: dict, run: Path) -> dict:

@@ -27,7 +27,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from ambijax import digest
+from ambijax import digest, hosts
 from ambijax.errors import ConfigError, NonFiniteError
 from ambijax.workdir import check_writable
 
@@ -56,7 +56,7 @@ class Checkpoints:
     """The checkpoints under one directory, which every process sees and one training run writes.
 
     Attributes:
-      latest: the newest step known to be whole on disk (in process 0), None before the first.
+      latest: the newest step known to be whole on disk, None before the first; in process 0, elsewhere after `wait`.
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
@@ -90,12 +90,11 @@ class Checkpoints:
         self._pending.result()
 
     def wait(self) -> None:
-        """Returns when no write is under way in any process; every process must call it."""
+        """Returns when no write is under way, and all processes know what is `latest`; every process must call it."""
         self._pending.result()
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("checkpoint written")
+        self.latest = hosts.from_main(self.latest)
 
-    def save(self, step: int, state: Any, meta: dict, *, metric: float | None) -> None:
+    def save(self, step: int, state: Any, meta: dict) -> None:
         """Copies the state to the host and writes it in the background; waits for the previous write first.
 
         A write that fails (disk full) is reported in one line and training goes on: the last good checkpoint stays.
@@ -104,7 +103,6 @@ class Checkpoints:
           step: updates done; a step that is already on disk is not written again.
           state: pytree of arrays; every process passes it.
           meta: JSON of what must be equal to resume: algorithm, rank, alpha, targets, base digest, seed, dtype, ...
-          metric: dev score, lower is better; None when there is none.
 
         Raises:
           NonFiniteError: the state holds NaN or infinity; it would displace the finite checkpoints.
@@ -114,9 +112,23 @@ class Checkpoints:
             raise NonFiniteError(f"state at step {step} is not finite in {bad}; the last checkpoint is {self.latest}")
         self._pending.result()
         if jax.process_index() == 0 and step != self.latest:
-            metric = metric if metric is not None and math.isfinite(metric) else None
-            record = {"step": step, "metric": metric, "meta": json.loads(json.dumps(meta))}
+            record = {"step": step, "metric": None, "meta": json.loads(json.dumps(meta))}
             self._pending = self._writer.submit(self._commit, record, arrays)
+
+    def score(self, step: int, metric: float) -> None:
+        """Notes a checkpoint's dev score, by which the best one is kept; nothing where that step is not on the disk.
+
+        Args:
+          step: of a checkpoint that no write is under way for.
+          metric: the lower the better; what is not finite is no score.
+        """
+        path = _path(self.directory, step)
+        if jax.process_index() == 0 and path.is_dir() and math.isfinite(metric):
+            try:
+                digest.amend(path, {"metric": metric})
+            except (OSError, digest.DamagedError) as error:
+                logging.warning("%s: its dev score is not noted: %s; training goes on", path, digest.one_line(error))
+            self._prune()
 
     def _commit(self, record: dict, arrays: dict[str, np.ndarray]) -> None:
         final = _path(self.directory, record["step"])

@@ -63,6 +63,14 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.utterances)
 
+    def spread(self, size: int) -> "Dataset":
+        """At most `size` of the utterances, evenly spaced; -1: all of them."""
+        if not 0 <= size < len(self):
+            return self
+        chosen = [i * len(self) // size for i in range(size)]
+        fields = ("utterances", "examples", "sounds")
+        return dataclasses.replace(self, **{name: tuple(getattr(self, name)[i] for i in chosen) for name in fields})
+
     @property
     def target(self) -> np.ndarray:
         """All soft labels, float32 [N, K]."""

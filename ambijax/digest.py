@@ -38,6 +38,19 @@ def write(directory: Path, record: dict, arrays: dict[str, np.ndarray]) -> None:
     fsync(directory / "digest.json")
 
 
+def amend(directory: Path, changes: dict) -> None:
+    """Replaces entries of the record given to `write`, all at once or not at all.
+
+    Raises:
+      DamagedError: as `read_record`.
+      OSError: the disk is full.
+    """
+    partial = directory / ".digest.json.partial"
+    partial.write_text(_encode({**read_record(directory), **changes}))
+    fsync(partial)
+    partial.replace(directory / "digest.json")
+
+
 def read_record(directory: Path) -> dict:
     """The record given to `write`, with `arrays` {name: {dtype, shape, sha256}} and `files` {path: sha256} added.
 

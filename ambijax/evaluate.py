@@ -192,7 +192,9 @@ def _answer(args: argparse.Namespace, config: FrozenConfigDict, asked: FrozenCon
     setting = assemble.setting(config)
     with jax.set_mesh(setting.mesh):
         base = args.base or not args.run
-        variables = {"params": assemble.base(setting)} if base else assemble.trained(setting, workdir)
+        variables = {"params": assemble.base(setting)}
+        if not base:
+            _, variables = assemble.trained(setting, variables, workdir)
         temperature = _temperature(setting, variables, workdir, args) if args.calibrate else None
         setting = setting if asked is config else assemble.setting(asked)
         name, summary = _evaluate(setting, variables, workdir, args, base, temperature)

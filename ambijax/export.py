@@ -49,7 +49,7 @@ def export(
       run: written by ambijax.train.
       kind: 'peft' or 'merged'.
       out: the directory to write; it must not exist.
-      best: the checkpoint with the best dev score instead of the newest.
+      best: the checkpoint with the best dev score, also where the run's eval.checkpoint says last.
       base_model: what to call the base in the files, a hub name for example; '' is the run's model.checkpoint.
       dtype: of a merged checkpoint, 'bfloat16' or 'float32'; '' is the run's model.dtype.
       licence: a licence identifier for the model card's header.
@@ -59,6 +59,7 @@ def export(
         on, or `out` exists or cannot be written.
     """
     config = settings.load(run)
+    best = best or config.eval.checkpoint == "best"
     step, trained, meta = checkpoint.load_adapters(run / "checkpoints", best=best)
     base_model = base_model or config.model.checkpoint
     about = card.About(run=run, config=config, kind=kind, step=step, best=best, base_model=base_model, licence=licence)
@@ -159,7 +160,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="run directory written by ambijax.train")
     parser.add_argument("--format", choices=("peft", "merged"), required=True)
     parser.add_argument("--out", type=Path, required=True, help="the directory to write; it must not exist")
-    parser.add_argument("--best", action="store_true", help="the checkpoint with the best dev score, not the newest")
+    parser.add_argument("--best", action="store_true", help="the checkpoint with the best score on dev")
     parser.add_argument("--base_model", default="", help="what to call the base, Qwen/Qwen2-Audio-7B-Instruct say")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="", help="of --format merged")
     parser.add_argument("--licence", default="other", help="identifier for the model card, apache-2.0 say")

@@ -215,7 +215,8 @@ def load(
         config.data.batch_size = _NO_BATCH
     setting = assemble.setting(FrozenConfigDict(config))
     with jax.set_mesh(setting.mesh):
-        return Model(setting, {"params": assemble.base(setting)} if base else assemble.trained(setting, model))
+        variables = {"params": assemble.base(setting)}
+        return Model(setting, variables if base else assemble.trained(setting, variables, model)[1])
 
 
 def _load_peft(directory: Path, base: bool, labels: Sequence[str] | None, checkpoint: str | Path | None) -> Model:

@@ -56,6 +56,7 @@ _POSITIVE = 1e-12
 _TRACKERS = ("tensorboard", "wandb", "trackio")
 _FLAG = Rule(lambda v: isinstance(v, bool), "True or False")
 _PATH = Rule(_is_name, "a path")
+_CLIPS = Rule(lambda v: type(v) is int and (v == -1 or 1 <= v <= 10**8), "a number of clips, or -1 for all")
 _AXIS = Rule(lambda v: type(v) is int and (v == -1 or 1 <= v <= 10**6), "a number of devices, or -1")
 
 RULES = {
@@ -123,7 +124,11 @@ RULES = {
     "checkpoint.keep": _whole(1, 10**6),
     "checkpoint.grace": _real(0),
     "eval.batch_size": _whole(1, 2**16),
-    "eval.max_clips": _whole(-1),
+    "eval.max_clips": _CLIPS,
+    "eval.every": _whole(0),  # 0 never does
+    "eval.dev_clips": _CLIPS,
+    "eval.metric": _one_of("js", "brier", "kl"),
+    "eval.checkpoint": _one_of("last", "best"),
     "eval.base": _FLAG,
     "eval.resamples": _whole(1, 10**6),
     "eval.level": _real(0.01, 0.9999),
@@ -203,6 +208,11 @@ def _contradictions(c: dict) -> list[str]:
         ("optim.accumulate", "data.batch_size"),
         lambda parts, size: size % parts == 0,
         "optim.accumulate={optim_accumulate} must divide data.batch_size={data_batch_size}",
+    )
+    need(
+        ("eval.checkpoint", "eval.every"),
+        lambda checkpoint, every: checkpoint == "last" or every > 0,
+        "eval.checkpoint={eval_checkpoint!r} needs evaluations on dev to choose by: set eval.every",
     )
     need(
         ("prompt.style", "steps"),

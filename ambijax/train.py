@@ -12,14 +12,14 @@ if __name__ == "__main__":
     signals.catch()  # the imports below take seconds, in which the machine may already be wanted back
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-import optax
 import tqdm
 from ml_collections import FrozenConfigDict
 
@@ -32,6 +32,7 @@ from ambijax import (
     evaluate,
     hosts,
     optim,
+    predictions,
     preflight,
     settings,
     trackers,
@@ -48,6 +49,24 @@ from ambijax.watchdog import Watchdog
 
 DRY_RUN = "--dry_run"  # checks all that needs no weights, prints the plan, writes nothing
 SHOWN = ("loss", "loss/kl", "rollout/js", "rollout/format")  # beside the progress bar
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """What a training works with from its first step to its last."""
+
+    setting: Setting
+    directory: Path
+    sets: dict[str, Dataset]  # train, dev, test
+    update: Callable  # jitted, see update.py
+    frozen: dict  # variables that are not trained
+    saved: checkpoint.Checkpoints
+    meta: dict  # what must be equal to resume
+    clock: goodput.Clock
+
+    def variables(self, state: TrainState) -> dict:
+        """All variables of the model."""
+        return optim.merge(state.trained, self.frozen)
 
 
 def train(config: FrozenConfigDict, directory: Path) -> None:
@@ -71,12 +90,14 @@ def train(config: FrozenConfigDict, directory: Path) -> None:
             state = restored[1]
             clock.resumed(restored[0])
             tqdm.tqdm.write(f"resumed {directory} at step {restored[0]}")
-        clock.lap("init")
         if config.steps == 0:
-            saved.save(0, state, meta, metric=None)
+            saved.save(0, state, meta)
+        clock.lap("init")
+        update = make_update(setting, ALGORITHMS[config.algorithm].loss, optimizer, state)
+        run = Run(setting, directory, sets, update, frozen, saved, meta, clock)
         with compilation.Programs() as programs:
-            state = loop(setting, sets, state, frozen, optimizer, saved, meta, clock, programs, directory)
-        table = report(setting, optim.merge(state.trained, frozen), sets, directory)
+            state = loop(run, state, programs)
+        table = report(run, state)
     clock.lap("evaluation")
     clock.write()
     if hosts.is_main():
@@ -85,57 +106,35 @@ def train(config: FrozenConfigDict, directory: Path) -> None:
         print(f"training {programs}")
 
 
-def loop(
-    setting: Setting,
-    sets: dict[str, Dataset],
-    state: TrainState,
-    frozen: dict,
-    optimizer: optax.GradientTransformation,
-    saved: checkpoint.Checkpoints,
-    meta: dict,
-    clock: goodput.Clock,
-    programs: compilation.Programs,
-    directory: Path,
-) -> TrainState:
+def loop(run: Run, state: TrainState, programs: compilation.Programs) -> TrainState:
     """Trains from `state.step` to `config.steps`; what it returns is on the disk.
 
     Raises:
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
       NonFiniteError: too many updates in a row were skipped.
     """
-    config, dataset = setting.config, sets["train"]
-    update = make_update(setting, ALGORITHMS[config.algorithm].loss, optimizer, state)
-    root = jax.random.key(config.seed)
+    config, saved, clock = run.setting.config, run.saved, run.clock
     first = done = int(state.step)
-    leave = False
-    last_save = time.monotonic()
+    leave, last_save = False, time.monotonic()
     bar = tqdm.tqdm(range(first, config.steps), algorithm_title(config), config.steps, initial=first, unit="step")
     with (
-        Log(hosts.notes(directory), first) as log,
-        Watchdog(directory / f"stacks-{jax.process_index()}.txt", config.watchdog_seconds) as watchdog,
+        Log(hosts.notes(run.directory), first) as log,
+        Watchdog(run.directory / f"stacks-{jax.process_index()}.txt", config.watchdog_seconds) as watchdog,
         signals.guarding(lambda: done not in (first, saved.latest), config.checkpoint.grace),
     ):
         health = Health(config, log, int(state.guard.skipped))
         for step in bar:
-            watchdog.feed()
             programs.at(step)
+            watchdog.rest()
+            scores = assess(run, state, step)
+            watchdog.feed()
             began = time.perf_counter()
-            key = jax.random.fold_in(root, step)
-            batch = dataset.batch_at(config.seed, step, config.data.batch_size)
-            ids = [dataset.at(example).id for example in batch.prompt.example]
-            clock.lap("data")
-            current = optim.merge(state.trained, frozen)
-            parts, measured, samples = algorithms.collect(setting, current, batch, key)
-            del current  # its trained leaves are given away next
-            clock.lap("rollout")
-            for _ in range(updates(config)):
-                state, aux = update(state, frozen, parts, key)
-            state = state.replace(step=state.step + 1)
+            state, ids, measured, samples = advance(run, state, step)
             done = step + 1
-            health.note(step, ids, aux)
+            health.note(step, ids, measured)
             log.samples(step, ids, samples)
-            if step % config.log_every == 0 or done == config.steps:
-                values = {name: float(value) for name, value in (aux | measured).items()}
+            if scores or step % config.log_every == 0 or done == config.steps:
+                values = {name: float(value) for name, value in (scores | measured).items()}
                 seconds = time.perf_counter() - began
                 log.metrics(step, values | {"seconds": seconds, "clips_per_second": config.data.batch_size / seconds})
                 health.warn(step, values)
@@ -143,10 +142,11 @@ def loop(
             clock.lap("update")
             leave = hosts.leave_requested()
             late = hosts.from_main(time.monotonic() - last_save > config.checkpoint.seconds)
-            if late or done % config.checkpoint.every == 0 or leave or done == config.steps:
+            due = done % config.checkpoint.every == 0 or done == config.steps or is_assessed(config, done)
+            if due or late or leave:
                 health.look()
                 log.sync()
-                saved.save(done, state, meta, metric=None)
+                saved.save(done, state, run.meta)
                 clock.saved(done)
                 clock.lap("checkpoint")
                 last_save = time.monotonic()
@@ -157,23 +157,72 @@ def loop(
         clock.lap("checkpoint")
         clock.write()
         if leave:
-            raise errors.Preempted(f"stopped after step {done}; the same command resumes {directory}")
-        if done > first and jax.process_index() == 0 and saved.latest != done:
+            raise errors.Preempted(f"stopped after step {done}; the same command resumes {run.directory}")
+        if done not in (first, saved.latest):
             raise errors.ConfigError(f"step {done} is not saved; make room for it and start the same command again")
+        watchdog.rest()
+        if scores := assess(run, state, done):
+            log.metrics(done, scores)
     return state
 
 
-def report(setting: Setting, variables: dict, sets: dict[str, Dataset], directory: Path) -> str:
-    """Evaluates base and trained on the test split; returns their table beside the floors."""
-    test, title = sets["test"], algorithm_title(setting.config)
-    floors = evaluate.floors(setting.config, sets["train"].utterances, test.utterances)
-    rows = dict(floors)
-    if setting.config.eval.base and not assemble.trains_base(setting.config):  # else the base is gone
-        start, where = {"params": variables["params"]}, directory / "eval" / "test-base"
-        rows["base"] = evaluate.run(setting, start, test, where, "base", rows=floors, base=True)
-    rows[title] = evaluate.run(setting, variables, test, directory / "eval" / "test", title, rows=floors, base=False)
+def advance(run: Run, state: TrainState, step: int) -> tuple[TrainState, list[str], dict, list]:
+    """One step: the state after it, the utterances it learned from, its metrics and its samples."""
+    config = run.setting.config
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    batch = run.sets["train"].batch_at(config.seed, step, config.data.batch_size)
+    ids = [run.sets["train"].at(example).id for example in batch.prompt.example]
+    run.clock.lap("data")
+    parts, measured, samples = algorithms.collect(run.setting, run.variables(state), batch, key)
+    run.clock.lap("rollout")
+    for _ in range(updates(config)):
+        state, aux = run.update(state, run.frozen, parts, key)
+    return state.replace(step=state.step + 1), ids, aux | measured, samples
+
+
+def is_assessed(config: FrozenConfigDict, step: int) -> bool:
+    """Whether the state of `step`, before its update, is evaluated on dev."""
+    return config.eval.every > 0 and (step % config.eval.every == 0 or step == config.steps)
+
+
+def assess(run: Run, state: TrainState, step: int) -> dict[str, float]:
+    """The scores of the state on dev, noted beside its checkpoint; {} where it `is_assessed` not.
+
+    That checkpoint is on the disk before, and predictions are as they come: whoever ends the process meanwhile loses no
+    step, and the restart goes on with the clip after the last.
+    """
+    config = run.setting.config.eval
+    if not is_assessed(run.setting.config, step):
+        return {}
+    run.saved.wait()
+    run.clock.lap("checkpoint")
+    dev = run.sets["dev"].spread(config.dev_clips)
+    records = predictions.collect(run.setting, run.variables(state), dev, run.directory / "eval" / "dev", "dev")
+    scores = {name: value for name, value in evaluate.summarise(records).items() if value is not None}
+    run.saved.score(step, scores[config.metric])
+    if hosts.is_main():
+        tqdm.tqdm.write(f"step {step}: {config.metric} {scores[config.metric]:.4f} on {len(dev)} clips of dev")
+    run.clock.lap("evaluation")
+    return {f"dev/{name}": value for name, value in scores.items()}
+
+
+def report(run: Run, state: TrainState) -> str:
+    """Evaluates base and the run's model on the test split; returns their table beside the floors."""
+    config, test, title = run.setting.config, run.sets["test"], algorithm_title(run.setting.config)
+    variables, chosen = run.variables(state), ""
+    rows = dict(floors := evaluate.floors(config, run.sets["train"].utterances, test.utterances))
+    if config.eval.base and not assemble.trains_base(config):  # else the base is gone
+        where = run.directory / "eval" / "test-base"
+        untrained = {"params": variables["params"]}
+        rows["base"] = evaluate.run(run.setting, untrained, test, where, "base", rows=floors, base=True)
+    if config.eval.checkpoint == "best":
+        run.saved.wait()  # for the last score
+        step, variables = assemble.trained(run.setting, variables, run.directory)
+        chosen = f"; {title} as of step {step}, the best on dev"
+    where = run.directory / "eval" / "test"
+    rows[title] = evaluate.run(run.setting, variables, test, where, title, rows=floors, base=False)
     held_out = len({u.speaker for u in test.utterances})
-    return f"\n{len(test)} clips of {held_out} held-out speakers\n{evaluate.table(rows)}"
+    return f"\n{len(test)} clips of {held_out} held-out speakers{chosen}\n{evaluate.table(rows)}"
 
 
 def algorithm_title(config: FrozenConfigDict) -> str:

@@ -18,7 +18,7 @@ class Watchdog:
 
     def feed(self) -> None:
         """Starts the time anew."""
-        self._stop()
+        self.rest()
         if self._seconds:
             faulthandler.dump_traceback_later(self._seconds, file=self._file)
             self._timer = threading.Timer(self._seconds, self._say)
@@ -29,7 +29,8 @@ class Watchdog:
         text = "no step has ended for %g s (watchdog_seconds); the stacks of all threads are in %s"
         logging.warning(text, self._seconds, self._path)
 
-    def _stop(self) -> None:
+    def rest(self) -> None:
+        """Asks for no sign of life until it is fed again."""
         faulthandler.cancel_dump_traceback_later()
         if self._timer:
             self._timer.cancel()
@@ -38,7 +39,7 @@ class Watchdog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop()
+        self.rest()
         self._file.close()
         if not self._path.stat().st_size:
             self._path.unlink()

@@ -94,6 +94,10 @@ def get_config(corpus: str) -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.batch_size = 16  # clips at once
     c.eval.max_clips = -1  # of the test split; -1: all
+    c.eval.every = 0  # steps between evaluations on dev, and one at the end; 0: none, the paper selects nothing
+    c.eval.dev_clips = 256  # of dev for these, evenly spaced; JS has a deviation of .15, so their mean is sure to .01
+    c.eval.metric = "js"  # of dev, the lower the better: the checkpoint where it is lowest is kept; or brier, kl
+    c.eval.checkpoint = "last"  # or best: which one is the run's model, for the test split and for other commands
     c.eval.resamples = 2000  # bootstrap draws; the ends of a 95 % interval then move by 2 % of its width
     c.eval.level = 0.95  # of confidence
     c.eval.cluster = "utterance"  # what is drawn: utterance, or speaker with all he says (from ten speakers on)

@@ -106,10 +106,11 @@ def newest(workdir: Path) -> Path:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Bit-equal adapters, optimizer and counters, equal metrics and samples."""
+    """Bit-equal adapters, optimizer and counters, equal metrics, dev scores and samples."""
     assert newest(a).name == newest(b).name
-    arrays = [json.loads((newest(workdir) / "digest.json").read_text())["arrays"] for workdir in (a, b)]
-    assert arrays[0] == arrays[1]
+    records = [json.loads((newest(workdir) / "digest.json").read_text()) for workdir in (a, b)]
+    for entry in ("arrays", "metric", "meta"):
+        assert records[0][entry] == records[1][entry]
     clocks = {"seconds", "clips_per_second"}
     metrics = [
         [{k: v for k, v in line.items() if k not in clocks} for line in lines(workdir / "metrics.jsonl")]

@@ -66,7 +66,7 @@ def assert_same(state: TrainState, other: TrainState) -> None:
 def write(root, *steps: int, keep: int = 10) -> None:
     with Checkpoints(root, keep) as checkpoints:
         for step in steps:
-            checkpoints.save(step, make_state(step), META, metric=None)
+            checkpoints.save(step, make_state(step), META)
 
 
 def restored(root) -> tuple[int, TrainState] | None:
@@ -114,7 +114,7 @@ def files_of(path) -> list:
 def test_restores_every_bit_on_another_mesh(tmp_path, before, after):
     state = make_state(7, before)
     with Checkpoints(tmp_path, 2) as checkpoints:
-        checkpoints.save(7, state, META, metric=0.5)
+        checkpoints.save(7, state, META)
     with Checkpoints(tmp_path, 2) as checkpoints:
         wanted = like(state, after)
         step, back = checkpoints.restore(wanted, META)
@@ -137,7 +137,7 @@ def test_the_next_step_may_donate_the_state_while_it_is_written(tmp_path, monkey
     update = jax.jit(lambda s: jax.tree.map(lambda x: x + jnp.ones((), x.dtype), s), donate_argnums=0)
     with Checkpoints(tmp_path, 2) as checkpoints:
         state = make_state(3)
-        checkpoints.save(3, state, META, metric=None)
+        checkpoints.save(3, state, META)
         jax.block_until_ready(update(state))
         updated.set()
         checkpoints.wait()
@@ -149,17 +149,39 @@ def test_the_next_step_may_donate_the_state_while_it_is_written(tmp_path, monkey
 def test_keeps_the_newest_and_the_best(tmp_path):
     with Checkpoints(tmp_path, 2) as checkpoints:
         for step, metric in ((10, 0.3), (20, 0.1), (30, None), (40, float("nan")), (50, 0.2)):
-            checkpoints.save(step, make_state(step), META, metric=metric)
+            checkpoints.save(step, make_state(step), META)
+            checkpoints.wait()
+            if metric is not None:
+                checkpoints.score(step, metric)
     assert names(tmp_path) == ["step_00000020", "step_00000040", "step_00000050"]
     assert load_adapters(tmp_path, best=True)[0] == 20
     assert load_adapters(tmp_path, best=False)[0] == 50
+
+
+def test_a_score_is_noted_whole_or_not_at_all(root, monkeypatch, caplog):
+    """Full disk, damaged record, a step that a full disk never took: training goes on, the checkpoint stays whole."""
+    with Checkpoints(root, 5) as checkpoints:
+        checkpoints.score(99, 0.1)
+        checkpoints.score(20, float("nan"))
+        with monkeypatch.context() as patch:
+            patch.setattr(digest, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            checkpoints.score(20, 0.1)
+        assert caplog.records[-1].getMessage().endswith("No space left on device; training goes on")
+        assert digest.read_record(root / "step_00000020")["metric"] is None
+        checkpoints.score(20, 0.1)
+        assert digest.read_record(root / "step_00000020")["metric"] == 0.1
+        digest.read_arrays(root / "step_00000020", digest.read_record(root / "step_00000020"))
+        (root / "step_00000010" / "digest.json").write_text("{}")
+        checkpoints.score(10, 0.1)
+    assert len(caplog.records) == 2
+    assert restored(root)[0] == 20
 
 
 def test_a_step_on_disk_is_not_written_again(root):
     with Checkpoints(root, 10) as checkpoints:
         checkpoints.restore(like(make_state(0)), META)
         before = (root / "step_00000020").stat().st_ino
-        checkpoints.save(20, make_state(20), META, metric=None)
+        checkpoints.save(20, make_state(20), META)
         checkpoints.wait()
         assert (root / "step_00000020").stat().st_ino == before
 
@@ -229,7 +251,7 @@ def test_killed_at_any_moment_of_a_save_leaves_a_run_that_restores(root, tmp_pat
         patch.setattr(digest, "write", around(digest.write))
         patch.setattr(digest, "fsync", around(digest.fsync))
         patch.setattr(shutil, "rmtree", remove_in_two_steps)
-        checkpoints.save(30, make_state(30), META, metric=None)
+        checkpoints.save(30, make_state(30), META)
         checkpoints.wait()
     assert names(root) == ["step_00000030"]
     for moment in moments:
@@ -246,7 +268,7 @@ def test_a_root_removed_under_a_running_training_is_created_again(root):
     with Checkpoints(root, 2) as checkpoints:
         checkpoints.restore(like(make_state(0)), META)
         shutil.rmtree(root)
-        checkpoints.save(30, make_state(30), META, metric=None)
+        checkpoints.save(30, make_state(30), META)
     assert restored(root)[0] == 30
 
 
@@ -333,7 +355,7 @@ def test_state_that_is_not_finite_is_neither_saved_nor_restored(root, caplog, ba
     state.trained["lora"]["q_proj"]["b"] = state.trained["lora"]["q_proj"]["b"].at[1, 1].set(bad)
     with Checkpoints(root, 10) as checkpoints:
         with pytest.raises(NonFiniteError, match="step 30 is not finite in trained/lora/q_proj/b"):
-            checkpoints.save(30, state, META, metric=None)
+            checkpoints.save(30, state, META)
         assert names(root) == ["step_00000010", "step_00000020"]
     newest = root / "step_00000020"
     arrays = digest.read_arrays(newest, digest.read_record(newest))
@@ -358,7 +380,7 @@ def test_a_damaged_newer_checkpoint_never_displaces_a_good_one(root):
     (root / "step_00000020" / "state" / "_METADATA").unlink()
     with Checkpoints(root, 1) as checkpoints:
         assert checkpoints.restore(like(make_state(0)), META)[0] == 10
-        checkpoints.save(15, make_state(15), META, metric=None)
+        checkpoints.save(15, make_state(15), META)
         checkpoints.wait()
         assert names(root) == ["step_00000015"]
 
@@ -367,7 +389,7 @@ def test_a_damaged_checkpoint_is_replaced_when_the_run_passes_it_again(root):
     (root / "step_00000020" / "state" / "_METADATA").unlink()
     with Checkpoints(root, 5) as checkpoints:
         assert checkpoints.restore(like(make_state(0)), META)[0] == 10
-        checkpoints.save(20, make_state(20), META, metric=None)
+        checkpoints.save(20, make_state(20), META)
     assert names(root) == ["step_00000010", "step_00000020"]
     assert restored(root)[0] == 20
 
@@ -425,7 +447,7 @@ def test_a_write_the_kernel_refuses_is_reported_and_training_goes_on(root, caplo
         checkpoints.restore(like(make_state(0)), META)
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))  # no file may grow past 300 bytes
         try:
-            checkpoints.save(30, make_state(30), META, metric=None)
+            checkpoints.save(30, make_state(30), META)
             checkpoints.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -442,7 +464,7 @@ def test_a_write_that_fails_half_way_is_reported_and_training_goes_on(root, capl
         checkpoints.restore(like(make_state(0)), META)
         with monkeypatch.context() as patch:
             patch.setattr(digest, "write", fail)
-            checkpoints.save(30, make_state(30), META, metric=None)
+            checkpoints.save(30, make_state(30), META)
             checkpoints.wait()
         assert_reported(checkpoints, caplog, root, "RESOURCE_EXHAUSTED: Error writing in OCDBT database")
 
@@ -457,7 +479,7 @@ def assert_reported(checkpoints, caplog, root, cause) -> None:
     assert "\n" not in line
     assert names(root) == ["step_00000010", "step_00000020"]
     assert checkpoints.restore(like(make_state(0)), META)[0] == 20
-    checkpoints.save(40, make_state(40), META, metric=None)
+    checkpoints.save(40, make_state(40), META)
     checkpoints.wait()
     assert checkpoints.latest == 40
 
@@ -469,7 +491,7 @@ FULL_DISK = textwrap.dedent("""
     state = {{"trained": jax.random.bits(jax.random.key(0), 2**20, jnp.uint8)}}
     with Checkpoints(root, 10) as checkpoints:
         for step in (1, 2, 3, 4):  # 1 MiB each, on a disk of 4 MiB
-            checkpoints.save(step, state, {{}}, metric=None)
+            checkpoints.save(step, state, {{}})
         checkpoints.wait()
         print(checkpoints.latest, checkpoints.restore(state, {{}})[0], len(list(root.iterdir())))
 """)

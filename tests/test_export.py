@@ -72,7 +72,9 @@ def ours(run: Path, *, base: bool = False) -> np.ndarray:
     """Logits of a run by this package."""
     setting = assemble.setting(settings.load(run))
     with jax.set_mesh(setting.mesh):
-        variables = {"params": assemble.base(setting)} if base else assemble.trained(setting, run)
+        variables = {"params": assemble.base(setting)}
+        if not base:
+            _, variables = assemble.trained(setting, variables, run)
     mel, frames, tokens = inputs().values()
     return np.asarray(jax.jit(setting.model.apply)(variables, mel, frames, tokens, jnp.ones(tokens.shape, bool)))
 
@@ -230,7 +232,9 @@ def test_best_is_the_best(tmp_path, run):
     with checkpoint.Checkpoints(copy / "checkpoints", keep=2) as saved:
         for step, metric in ((1, 0.2), (2, 0.3)):
             scaled = jax.tree.map(lambda x, step=step: jnp.asarray(x * step), weights)
-            saved.save(step, {checkpoint.TRAINED: scaled}, meta, metric=metric)
+            saved.save(step, {checkpoint.TRAINED: scaled}, meta)
+            saved.wait()
+            saved.score(step, metric)
     export.export(copy, "peft", tmp_path / "out", best=True)
     key = "base_model.model.language_model.model.layers.0.mlp.up_proj.lora_A.weight"
     a = weights["lora"]["language_model"]["layers"]["up_proj"]["a"]

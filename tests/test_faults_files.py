@@ -180,7 +180,7 @@ def begun(tmp_path_factory):
     ]
     config, workdir = settings.parse(["train", *arguments])
     with Checkpoints(workdir / "checkpoints", 2) as checkpoints:
-        checkpoints.save(1, {"step": jax.numpy.int32(1)}, assemble.identity(config), metric=None)
+        checkpoints.save(1, {"step": jax.numpy.int32(1)}, assemble.identity(config))
     return root, arguments
 
 

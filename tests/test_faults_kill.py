@@ -32,6 +32,10 @@ SHORT = [
     "--config.eval.max_clips=2",
     "--config.eval.base=False",
     "--config.checkpoint.every=2",
+    "--config.eval.every=4",
+    "--config.eval.checkpoint=best",
+    "--config.eval.batch_size=2",  # two batches of the four clips of dev: an evaluation can be cut in the middle
+    "--config.optim.accumulate=2",
 ]
 SAMPLES = {"sft": [], **{name: [f"--config.{name.rstrip('z')}.samples=2"] for name in ("dpo", "grpo", "grpoz")}}
 
@@ -74,6 +78,32 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(algorithm, tmp_path, corp
     record_property("kills", kills)
     record_property("most steps lost", max(lost))
     assert max(lost) <= 3  # one interval, and the step under way
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_an_evaluation_during_training_goes_on_where_it_was_cut(how, tmp_path, corpus):
+    """F01, F02 in the middle of every evaluation on dev: no step is done again, and no clip of whole batches."""
+    code, _, err = run(*train(tmp_path / "straight", corpus, "sft", *SHORT))
+    assert code == 0, err
+    cut = tmp_path / "cut"
+    predictions = cut / "eval" / "dev" / "predictions.jsonl"
+    for step in (0, 4, 8, 12):
+        before = predictions.read_bytes() if predictions.is_file() else b""
+
+        def begun(before=before, step=step) -> bool:
+            found = predictions.read_bytes() if predictions.is_file() and _steps_done(cut) == step else before
+            return found != before and len(found.splitlines()) in (2, 3)
+
+        code, err, _ = interrupt(train(cut, corpus, "sft", *SHORT), begun, how)
+        assert code == (75 if how == signal.SIGTERM else -how), err
+        assert _steps_done(cut) == step
+        assert how == signal.SIGKILL or "stopped; every finished step is saved" in only_message(err)
+    code, _, err = run(*train(cut, corpus, "sft", *SHORT))
+    assert code == 0, err
+    assert_same_run(tmp_path / "straight", cut)
+    assert (cut / "eval/test/predictions.jsonl").read_bytes() == (
+        tmp_path / "straight/eval/test/predictions.jsonl"
+    ).read_bytes()
 
 
 def _steps_done(workdir: Path) -> int:

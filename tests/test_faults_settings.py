@@ -61,6 +61,10 @@ def said(*arguments: str, config: str = "grpoz") -> str:
         "checkpoint.seconds=nan",
         "checkpoint.keep=0",
         "eval.batch_size=-4",
+        "eval.every=-1",
+        "eval.dev_clips=0",
+        "eval.metric=bc",
+        "eval.checkpoint=newest",
         "log_every=0",
         "watchdog_seconds=-1",
     ],
@@ -93,10 +97,18 @@ def test_contradictions_are_listed_at_once():
         "--config.grpo.samples=1",
         "--config.data.fold=6",
         "--config.lora.dropout=0.1",
+        "--config.eval.checkpoint=best",
         "--config.optim.accumulate=3",
         "--config.optim.train=('params/.*',)",
     )
-    for part in ("optim.warmup=3.0", "a group needs at least 2", "data.fold=6", "lora.dropout=0.1", "accumulate=3"):
+    for part in (
+        "optim.warmup=3.0",
+        "a group needs at least 2",
+        "data.fold=6",
+        "lora.dropout=0.1",
+        "accumulate=3",
+        "set eval.every",
+    ):
         assert part in message
     assert "the reference policy is the base" in message
 

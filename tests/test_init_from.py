@@ -44,7 +44,8 @@ def finished(base, directory: Path, config, meta: dict) -> tuple[Path, dict]:
         state, _, _ = update.start(config, assemble.initial(setting, base[1]))
         state = state.replace(trained=jax.tree.map(lambda x: x + 1, state.trained))
         about = {"lora": config.lora.to_dict(), "base": convert.digest(config.model.checkpoint)} | meta
-        saved.save(1, state, about, metric=None)
+        saved.save(1, state, about)
+    settings.save(config, directory)
     return directory, jax.tree.map(np.asarray, state.trained)
 
 
@@ -88,5 +89,9 @@ def test_what_does_not_fit_is_one_line(base, tmp_path, earlier, later, meta, mes
 
 
 def test_a_directory_without_a_checkpoint_is_named(base, tmp_path):
+    start = parse("sft", f"--config.init_from={tmp_path}")
+    with pytest.raises(ConfigError, match=f"{tmp_path} is not a run directory"):
+        initial(base, start)
+    settings.save(start, tmp_path)
     with pytest.raises(ConfigError, match=f"no checkpoint in {tmp_path}"):
-        initial(base, parse("sft", f"--config.init_from={tmp_path}"))
+        initial(base, start)

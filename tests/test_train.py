@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ambijax import checkpoint, manifest, settings
+from ambijax import checkpoint, digest, manifest, settings
 from tests.command import lines, needs_tiny, run, train
 
 pytestmark = needs_tiny
@@ -19,9 +19,10 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def grpoz(tmp_path_factory, corpus) -> tuple[Path, str]:
-    """A GRPOz run of three steps, and what it printed."""
+    """A GRPOz run of three steps, evaluated on dev at 0, 2 and 3, and what it printed."""
     workdir = tmp_path_factory.mktemp("grpoz") / "run"
-    code, out, err = run(*train(workdir, corpus, "grpoz", "--config.steps=3", "--config.grpo.samples=4"))
+    how = ["--config.steps=3", "--config.grpo.samples=4", "--config.eval.every=2", "--config.eval.checkpoint=best"]
+    code, out, err = run(*train(workdir, corpus, "grpoz", *how))
     assert code == 0, err
     return workdir, out
 
@@ -32,10 +33,23 @@ def test_a_run_leaves_what_it_promises_and_prints_the_table(grpoz):
         assert (workdir / name).exists(), name
     rows = {line.split()[0] for line in out.splitlines() if line.strip()}
     assert {"uniform", "prior", "base", "GRPOz"} <= rows
-    assert [line["step"] for line in lines(workdir / "metrics.jsonl")] == [0, 1, 2]
+    assert [line["step"] for line in lines(workdir / "metrics.jsonl")] == [0, 1, 2, 3]
     prediction = lines(workdir / "eval/test/predictions.jsonl")[0]
     assert {"id", "target", "votes", "readout", "js", "reasoning", "forced"} <= prediction.keys()
     np.testing.assert_allclose(sum(prediction["readout"]), 1, atol=1e-6)
+
+
+def test_the_best_on_dev_is_the_runs_model(grpoz):
+    workdir, out = grpoz
+    scores = {line["step"]: line["dev/js"] for line in lines(workdir / "metrics.jsonl") if "dev/js" in line}
+    assert scores.keys() == {0, 2, 3}
+    noted = {step: digest.read_record(workdir / "checkpoints" / f"step_0000000{step}")["metric"] for step in (2, 3)}
+    assert noted == {step: scores[step] for step in (2, 3)}
+    assert f"GRPOz as of step {min(noted, key=noted.__getitem__)}, the best on dev" in out
+    predicted = lines(workdir / "eval/dev/predictions.jsonl")  # of the last evaluation
+    assert np.mean([record["js"] for record in predicted]) == pytest.approx(scores[3])
+    spent = json.loads((workdir / "goodput.json").read_text())["seconds"]
+    assert spent["evaluation"] > 0
 
 
 def test_advantages_follow_from_the_rewards_that_were_written_down(grpoz):

@@ -37,7 +37,7 @@ def make(directory: Path, *flags: str, base: bool = False, seed: int = 0) -> Pat
         like = qwen2_audio.shapes(model)["lora"]
         trained = {"lora": jax.tree.map(lambda x: 0.05 * jnp.asarray(rng.standard_normal(x.shape, np.float32)), like)}
     with checkpoint.Checkpoints(directory / "checkpoints", keep=1) as saved:
-        saved.save(3, {checkpoint.TRAINED: trained}, {"base": convert.digest(TINY)}, metric=None)
+        saved.save(3, {checkpoint.TRAINED: trained}, {"base": convert.digest(TINY)})
     return directory
 
 

@@ -18,6 +18,7 @@ from ambijax.report.runs import Report
 BINS = 10  # of confidence; metrics.ECE_BINS leaves too few clips in a bin of a small test set to be read
 SMOOTH = 0.1  # weight of the newest step in a smoothed curve
 CURVES = {  # key of metrics.jsonl -> title; the first four that a run has are drawn
+    "dev/js": "JS on dev ↓ (bits)",
     "rollout/js": "JS of roll-outs ↓ (bits)",
     "reward/mean": "reward ↑",
     "rollout/format": "share in the format ↑",

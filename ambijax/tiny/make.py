@@ -165,8 +165,8 @@ def export(config: FrozenConfigDict, workdir: Path, out: Path) -> None:
     """The trained weights in bfloat16 as a Hugging Face directory."""
     setting = assemble.setting(config)
     with jax.set_mesh(setting.mesh):
-        params = assemble.trained(setting, workdir)["params"]
-    convert.save_hugging_face(params, config.model.checkpoint, out, dtype=jnp.dtype("bfloat16"))
+        _, variables = assemble.trained(setting, {"params": assemble.base(setting)}, workdir)
+    convert.save_hugging_face(variables["params"], config.model.checkpoint, out, dtype=jnp.dtype("bfloat16"))
     print(f"written to {out}")
 
 
