@@ -182,7 +182,7 @@ def problems(config: dict) -> list[str]:
     missing = [key for key in RULES if key not in flat and _is_read(key, flat)]
     wrong += [f"{key} is missing" for key in missing]
     sane = {key: value for key, value in flat.items() if key in RULES and RULES[key].holds(value)}
-    wrong += [f"{k}={v!r} must be {RULES[k].what}" for k, v in flat.items() if k in RULES and k not in sane]
+    wrong += [f"{k}={v!r:.80} must be {RULES[k].what}" for k, v in flat.items() if k in RULES and k not in sane]
     return sorted(wrong) + _contradictions(sane)
 
 

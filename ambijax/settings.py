@@ -5,6 +5,7 @@ resumes a run somebody else made executes nothing of theirs.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -14,6 +15,9 @@ from ambijax import rules
 from ambijax.errors import ConfigError
 from ambijax.workdir import replace
 
+_USAGE = "usage: python -m ambijax.train --config configs/grpoz.py:tiny --workdir runs/tiny [--config.KEY=VALUE ...]"
+_SHOWN = 300  # characters of somebody else's message, which may repeat a whole value
+
 
 def parse(argv: list[str]) -> tuple[FrozenConfigDict, Path]:
     """`--config FILE[:VARIANT] [--config.KEY=VALUE ...] --workdir DIR` to (checked settings, run directory).
@@ -21,54 +25,79 @@ def parse(argv: list[str]) -> tuple[FrozenConfigDict, Path]:
     Without --config the run in `--workdir` goes on with the settings in its config.json.
 
     Raises:
-      ConfigError: a flag, a key or a value is wrong; all problems of the values are listed at once.
+      ConfigError: a flag, a key or a value is wrong; all that is wrong is listed at once.
     """
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", help_string="FILE[:VARIANT]", flag_values=values, sys_argv=argv)
-    flags.DEFINE_string("workdir", "", "run directory", flag_values=values)
-    flags.DEFINE_bool("help", False, "show the usage", flag_values=values)
-    usage = "usage: python -m ambijax.train --config configs/grpoz.py:tiny --workdir runs/tiny [--config.KEY=VALUE ...]"
     if {"-h", "--help"} & set(argv):
-        raise SystemExit(usage)
+        raise SystemExit(_USAGE)
+    wrong = []
     try:
+        config, workdir = _read(argv)
+    except ConfigError:
+        wrong, readable = _unreadable(argv)
+        if not wrong:
+            raise
+        config, workdir = _read(readable)
+    check(config, wrong)
+    return FrozenConfigDict(config), workdir
+
+
+def _unreadable(argv: list[str]) -> tuple[list[str], list[str]]:
+    """What is wrong with each --config.KEY=VALUE that cannot be read, and the arguments without these."""
+    overrides = [argument for argument in argv if argument.startswith("--config.") and "=" in argument]
+    readable = others = [argument for argument in argv if argument not in overrides]
+    wrong = []
+    for argument in overrides:
+        try:
+            _read([*others, argument])
+            readable = [*readable, argument]
+        except ConfigError as error:
+            wrong.append(str(error))
+    return wrong, readable
+
+
+def _read(argv: list[str]) -> tuple[ConfigDict | FrozenConfigDict, Path]:
+    """Settings as the arguments say, their values not checked, and the run directory."""
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_file("config", help_string="FILE[:VARIANT]", flag_values=values, sys_argv=argv)
+        flags.DEFINE_string("workdir", "", "run directory", flag_values=values)
         rest = values(argv)[1:]
         config = values.config
         _ = config is None or config.algorithm  # a file that failed to load fails here
     except flags.Error as error:
-        raise ConfigError(_one_line(error)) from None
-    except (KeyError, AttributeError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
-        raise ConfigError(f"--config: {_one_line(error)}") from None
+        raise ConfigError(_one_line(error)) from error
+    except Exception as error:  # a config file is a program of the user's and may fail in any way
+        raise ConfigError(f"--config: {_one_line(error)}") from error
     if rest:
-        raise ConfigError(f"unexpected argument {rest[0]!r}; {usage}")
+        raise ConfigError(f"unexpected argument {rest[0]!r:.{_SHOWN}}; {_USAGE}")
     workdir = Path(values.workdir)
     if not values.workdir or not values.workdir.isprintable():
-        raise ConfigError(f"--workdir is missing or no path; {usage}")
+        raise ConfigError(f"--workdir is missing or no path; {_USAGE}")
     if config is None and (workdir / "config.json").exists():
         return load(workdir), workdir  # resumes somebody's run, and executes nothing of theirs
     if config is None:
-        raise ConfigError(f"--config is missing; {usage}")
-    check(config)
-    return FrozenConfigDict(config), workdir
+        raise ConfigError(f"--config is missing; {_USAGE}")
+    return config, workdir
 
 
 def _one_line(error: Exception) -> str:
     """The gist of an error of config_flags, which may be a traceback in a string or the repr of another error."""
-    text = str(error).strip()
+    text = str(error).strip() or type(error).__name__
     if "Traceback" in text:
         text = text.splitlines()[-1]
     text = " ".join(text.replace("\\n", " ").replace("\\'", "'").split())
     while len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
-    return text
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + " ..."
 
 
-def check(config: ConfigDict) -> None:
-    """Everything that can be wrong with the values alone, before any file is read.
+def check(config: ConfigDict | FrozenConfigDict, wrong: Sequence[str] = ()) -> None:
+    """Everything that can be wrong with the values alone, before any file is read; `wrong` is what was found before.
 
     Raises:
       ConfigError: lists all problems.
     """
-    if wrong := rules.problems(config.to_dict()):
+    if wrong := [*wrong, *rules.problems(config.to_dict())]:
         raise ConfigError("configuration: " + "; ".join(wrong))
 
 

@@ -16,7 +16,6 @@ This imports nothing heavy: it is the first thing a training process does.
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -90,7 +89,7 @@ def _leave(how: str) -> None:
     """Ends the process without unwinding: the main thread may not come back to Python for a long time."""
     time.sleep(_linger)
     with contextlib.suppress(OSError):
-        os.write(sys.stderr.fileno(), f"\nambijax: {how}; the same command resumes\n".encode())
+        os.write(2, f"\nambijax: {how}; the same command resumes\n".encode())
     os._exit(Preempted.exit_code)
 
 

@@ -6,9 +6,10 @@ Started again in the same directory it resumes. Leaves config.json, env.json, me
 checkpoints/, goodput.json and eval/, and prints base against trained on the test speakers.
 """
 
-from ambijax import goodput, signals
+from ambijax import console, goodput, signals
 
 if __name__ == "__main__":
+    console.hold()
     signals.catch()  # the imports below take seconds, in which the machine may already be wanted back
 
 import contextlib

@@ -83,12 +83,31 @@ def test_a_value_nobody_could_mean_is_named(argument):
         ("steps=1.5", "steps"),
         ("data.windows=abc", "data.windows"),
         ("data.labels=3", "data.labels"),
+        ("data.labels[0]=anger", "data.labels"),
+        (f"data.batch_size={'9' * 5000}", "data.batch_size"),
+        (f"model.dtype={'9' * 5000}", "model.dtype"),
         ("data.cot=maybe", "data.cot"),
         ("optim.train=('lora/(',)", "optim.train"),
     ],
 )
 def test_an_unknown_key_or_a_wrong_type_is_one_line(argument, message):
-    assert message in said(f"--config.{argument}")
+    found = said(f"--config.{argument}")
+    assert message in found
+    assert len(found) < 1000
+
+
+@pytest.mark.parametrize("program", ["1/0", "assert False", "import nowhere", "def get_config(): return 3", "x ="])
+def test_a_config_file_that_fails_is_one_line(program, tmp_path):
+    (tmp_path / "mine.py").write_text(program)
+    with pytest.raises(ConfigError, match=r"--config: .") as error:
+        settings.parse(["train", f"--config={tmp_path / 'mine.py'}", "--workdir=w"])
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_read_is_listed_with_what_can_and_is_wrong():
+    message = said("--config.steps=many", "--config.optim.lerning_rate=1", "--config.seed=-1", "--config.log_every=x")
+    for part in ("config.steps=many", 'Did you mean "learning_rate"', "seed=-1 must be", "config.log_every=x"):
+        assert part in message
 
 
 def test_contradictions_are_listed_at_once():

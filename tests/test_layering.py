@@ -10,7 +10,7 @@ PACKAGE = Path(ambijax.__file__).parent
 # One row a layer; within a row modules may not import each other.
 LAYERS = [
     ["errors"],
-    ["signals"],
+    ["signals", "console"],
     ["hosts", "chips", "cost", "compilation"],
     ["emotions", "workdir", "digest", "kept", "watchdog", "planned"],
     ["journal", "goodput"],
