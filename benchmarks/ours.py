@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,13 +77,22 @@ class Side:
         return Timed(self.model, VOCABULARY, self.mesh, FrozenConfigDict(c))
 
     def mels(self, count: int) -> list[data.Sound]:
-        return list(features.mels(shapes.clips(self.shape, count), self.windows, audio.N_MELS))
+        """Log-mel of each clip in the smallest declared window that holds it."""
+        clips = shapes.clips(self.shape, count)
+        frames = [audio.mel_frames(len(clip)) for clip in clips]
+        return [
+            data.Sound(n, audio.log_mel(clip, audio.window(n, self.windows), audio.N_MELS))
+            for n, clip in zip(frames, clips, strict=True)
+        ]
 
     def prompt(self, count: int, *, live: bool = False) -> Prompt:
         """On the host; with the tower's output as it is kept while the tower is frozen, or as log-mel (`live`)."""
-        sounds = self.mels(count)
-        if not live:
-            sounds = list(features.encode(self.model, self.variables, self.mesh, sounds))
+        if live:
+            sounds = self.mels(count)
+        else:
+            clips = shapes.clips(self.shape, count)
+            read = (features.Clip(audio.mel_frames(len(c)), functools.partial(np.asarray, c)) for c in clips)
+            sounds = list(features.encode(self.model, self.variables, self.mesh, read, self.windows))
         return data.prompts(
             list(shapes.prompts(self.shape, count).astype(np.int32)),
             sounds,
@@ -131,8 +141,7 @@ def copy(side: Side) -> Step:
 
 
 def features_row(side: Side) -> Step:
-    clips = shapes.clips(side.shape, side.shape.feature_clips)
-    return lambda: list(features.mels(clips, side.windows, audio.N_MELS))
+    return lambda: side.mels(side.shape.feature_clips)
 
 
 def tower(side: Side) -> Step:

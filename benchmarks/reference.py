@@ -110,7 +110,9 @@ class Side:
             **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=n, max_new_tokens=n
         )
         self.model.train()
-        return out[:, self.shape.prompt :]
+        sampled = out[:, self.shape.prompt :]
+        # Random weights sample <|AUDIO|> as any other word; the model would look for a sound to put there.
+        return sampled.masked_fill(sampled == VOCABULARY.audio, shapes.WORDS[0])
 
 
 def matrix(side: Side) -> Step:
