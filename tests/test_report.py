@@ -65,6 +65,11 @@ def test_every_figure_is_there_as_picture_and_as_numbers(made):
         assert f'href="figures/{name}.csv"' in page
 
 
+def test_a_panel_without_a_curve_is_not_shown(made):
+    drawn = figures.learning_curves(reading.read([made[0]], "test", None))
+    assert [axes.get_visible() for axes in drawn.figure.axes] == [True, True, True, False]  # the run has three curves
+
+
 def test_js_against_entropy_is_scipys(made):
     run, out, _ = made
     rows = {(row["system"], row["id"]): row for row in _csv(out / "figures/js_against_entropy.csv")}
@@ -147,7 +152,7 @@ def test_hostile_text_cannot_leave_its_place(tmp_path):
     assert {url.split("/")[2] for url in outside} == {"www.w3.org"}  # the namespaces of SVG
 
 
-def test_half_a_character_is_replaced(made, tmp_path):
+def test_half_a_character_is_replaced(made, tmp_path, no_figures):
     run = tmp_path / "run"
     subprocess.run(["cp", "-r", made[0], run], check=True)
     records = _records(run, "test")

@@ -163,6 +163,19 @@ def test_nothing_is_wider_than_the_screen_and_text_can_be_read(browser, thousand
     visit.page.close()
 
 
+def test_what_was_dark_is_printed_in_ink_with_every_picture(browser, thousand):
+    visit = Visit(browser, Path(thousand.page.url.removeprefix("file://")), color_scheme="dark")
+    undrawn = "[...document.querySelectorAll('.mel')].filter((canvas) => canvas.width === 300).length"
+    assert visit.page.evaluate(undrawn) == 0  # also those out of view
+    for theme in ("light", "dark"):
+        visit.page.locator("#theme").click()
+        assert visit.page.locator("html").get_attribute("data-theme") == theme
+    visit.page.emulate_media(media="print")
+    ink = visit.page.evaluate("getComputedStyle(document.body).color.match(/[0-9.]+/g).slice(0, 3).map(Number)")
+    assert _contrast(ink, [255, 255, 255]) > 7  # browsers leave the page's background out
+    visit.page.close()
+
+
 def _contrast(a: list[float], b: list[float]) -> float:
     """Contrast ratio of two sRGB colours (WCAG 2.1)."""
 

@@ -115,7 +115,8 @@ def _rounded(values: list[float]) -> list[float]:
 def _sound(corpus: manifest.Corpus | None, utterance: manifest.Utterance | None, out: Path, embed: bool) -> dict:
     """Link, duration and pictures of a clip's sound; or why there is none."""
     if corpus is None or utterance is None:
-        return {"audio": None, "silence": "the corpus is not on this machine"}
+        why = "the corpus is not on this machine" if corpus is None else "the corpus has no such clip"
+        return {"audio": None, "silence": why}
     try:
         path = corpus.path(utterance)
         samples = audio.load(path)

@@ -63,7 +63,7 @@ def learning_curves(report: Report) -> Drawn | None:
     if not keys:
         return None
     figure = Figure(figsize=(7.6, 4.4))
-    panels = figure.subplots(2, 2, sharex=True, squeeze=False).flat
+    panels = [*figure.subplots(2, 2, sharex=True, squeeze=False).flat]
     rows = []
     trained = [system for system in report.systems if not system.base]
     for axes, key in zip(panels, keys, strict=False):
@@ -78,7 +78,7 @@ def learning_curves(report: Report) -> Drawn | None:
                 rows += [(system.name, key, int(step), value) for step, value in points]
         axes.set_title(CURVES[key])
         style.tidy(axes, grid="y")
-    for axes in list(panels)[len(keys) :]:
+    for axes in panels[len(keys) :]:
         axes.set_visible(False)
     figure.supxlabel("step", fontsize=9.5, color=style.MUTED)
     if len(report.runs) > 1:
@@ -254,7 +254,9 @@ def _groups(report: Report, of: Callable[[dict], dict[str, list[str]]], name: st
     ]
     rank = {group: i for i, group in enumerate(named)}
     order = sorted(members, key=lambda member: (kinds.index(member[0]), rank.get(member[1], 0), member[1]))
-    figure = Figure(figsize=(7.6 if len(order) > 14 else 5.2, 1.1 + 0.26 * (len(order) + len(kinds))))
+    step = min(0.18, 0.8 / len(report.systems))  # between the marks of a row
+    height = max(0.26, 0.09 * len(report.systems)) * (len(order) + len(kinds))
+    figure = Figure(figsize=(7.6 if len(order) > 14 else 5.2, 1.1 + height))
     axes = figure.subplots()
     places, y = {}, 0.0
     for i, member in enumerate(order):
@@ -263,7 +265,7 @@ def _groups(report: Report, of: Callable[[dict], dict[str, list[str]]], name: st
     rows, e = [], report.runs[0].config.eval
     for place, system in enumerate(report.systems):
         color, title = colors(report)[system.name], style.short(system.name)
-        offset = 0.18 * (place - (len(report.systems) - 1) / 2)
+        offset = step * (place - (len(report.systems) - 1) / 2)
         for member in order:
             if values := scores.get((system.name, member)):
                 spread = significance.interval(np.array(values), seed=0, samples=e.resamples, level=e.level)
@@ -305,7 +307,8 @@ def examples(report: Report) -> Drawn:
         entropy = float(metrics.entropy(np.array(report.clips[name]["target"])))
         axes.set_title(f"{style.short(name, 18)}  ·  {abs(entropy):.1f} bits", color=style.MUTED)
         axes.set_yticks(range(k), [style.short(label, 12) for label in report.labels])
-        axes.set(xlim=(0, 1.02), ylim=(k - 0.45, -0.55), xticks=(0, 0.5, 1))
+        axes.set(xlim=(0, 1.02), ylim=(k - 0.45, -0.55))
+        axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))  # short: the panels' ends stand side by side
         style.tidy(axes, grid="x")
     for axes in list(grid.flat)[len(chosen) :]:
         axes.set_visible(False)

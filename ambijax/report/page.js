@@ -115,25 +115,19 @@ function sound(clip) {
     event.preventDefault();
   });
   if (playing && playing.clip === clip) playing = mine; // the card was drawn again
-  lazily(wave, () => { redraw(); drawMel(mel, clip); });
+  drawers.set(wave, () => { redraw(); drawMel(mel, clip); });
   const ends = make("div", { class: "time" }, position, make("span", {}, clock(clip.seconds)));
   return make("div", { class: "sound" }, button, wave, mel, ends);
 }
 for (const event of ["play", "pause", "ended", "timeupdate"]) player.addEventListener(event, () => playing && playing.redraw());
 player.addEventListener("error", () => { if (playing) playing.position.textContent = "the sound file is not where it was"; });
 
-// Pictures are drawn when they come into view, and again when their width or the theme changes.
+// Pictures are drawn once they are in the page, and again when its width or the theme changes.
 const drawers = new Map();
-const seen = new IntersectionObserver((entries) => {
-  for (const entry of entries) if (entry.isIntersecting && drawers.has(entry.target)) drawers.get(entry.target)();
-}, { rootMargin: "300px" });
-function lazily(canvas, draw) {
-  drawers.set(canvas, draw);
-  seen.observe(canvas);
-}
 function redrawAll() {
   for (const [canvas, draw] of drawers) {
-    if (!canvas.isConnected) { seen.unobserve(canvas); drawers.delete(canvas); } else draw();
+    if (canvas.isConnected) draw();
+    else drawers.delete(canvas);
   }
 }
 
@@ -184,7 +178,7 @@ function card(clip) {
   const facts = [`speaker ${clip.speaker}`, clip.gender, `${listeners} votes`, `entropy ${number(clip.entropy)} bits`].filter(Boolean);
   const change = data.systems.flatMap((system, i) => (clip.predictions[i] ? [make("span", { class: "score" }, dot(system.color), number(clip.predictions[i].js))] : []));
   return make("article", { class: "clip", "aria-label": clip.id },
-    make("header", {}, make("h3", {}, clip.id), make("span", { class: "meta" }, facts.join(" · ")), make("span", { class: "change" }, "JS", ...change)),
+    make("header", {}, make("h3", {}, clip.id), make("span", { class: "meta" }, ...facts.flatMap((fact, i) => [i ? " · " : "", make("bdi", {}, fact)])), make("span", { class: "change" }, "JS", ...change)),
     make("p", { class: "said" }, clip.transcript ? `“${clip.transcript}”` : ""),
     make("div", { class: "halves" }, sound(clip),
       bars(clip.target, data.systems.map((system, i) => ({ ...system, values: clip.predictions[i] && clip.predictions[i].readout })), clip.majority)),
@@ -229,7 +223,7 @@ function turn(to) {
   page = Math.min(Math.max(to, 0), pages - 1);
   const from = page * PER_PAGE, here = shown.slice(from, from + PER_PAGE);
   at("clips").replaceChildren(...here.map(card));
-  redrawAll(); // forgets what has left the page
+  redrawAll(); // and forgets what has left the page
   at("count").textContent = shown.length ? `${from + 1}–${from + here.length} of ${shown.length} clips` : "No clip fits.";
   for (const id of ["previous", "previous-again"]) at(id).disabled = page === 0;
   for (const id of ["next", "next-again"]) at(id).disabled = page === pages - 1;
