@@ -12,20 +12,23 @@ reports, time a lower bound: the slowest of arithmetic, memory and interconnect 
 
 import argparse
 import dataclasses
+import functools
 import gzip
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ambijax import chips, cost, errors, planned, programs, settings
+from ambijax import chips, cost, errors, planned, programs, rules, settings
 from ambijax.agent import Setting
 from ambijax.errors import ConfigError
 from ambijax.model import config as model_config
@@ -59,6 +62,14 @@ def run(case: Case) -> dict:
     Raises:
       ConfigError: the mesh does not fit, the topology is unknown, libtpu is missing.
     """
+    setting, about = _prepared(case)
+    with jax.set_mesh(setting.mesh):
+        found = [measure(setting, p, case.cache) for p in programs.programs(setting, case.window, case.text)]
+    return {"about": about, "programs": found}
+
+
+def _prepared(case: Case) -> tuple[Setting, dict]:
+    """A case's setting, and what a plan says about it."""
     devices = _devices(case.topology)
     shape, model = _shape(case.config.model.checkpoint)
     setting = programs.setting(case.config, shape, devices)
@@ -79,12 +90,7 @@ def run(case: Case) -> dict:
         "parts": case.config.optim.accumulate,
         "updates": case.config.grpo.updates if case.config.algorithm in ("grpo", "grpoz") else 1,
     }
-    with jax.set_mesh(setting.mesh):
-        found = []
-        for program in programs.programs(setting, case.window, case.text):
-            print(f"compiling {program.name} for {about['topology']}", end="\r", file=sys.stderr)
-            found.append(measure(setting, program, case.cache))
-    return {"about": about, "programs": found}
+    return setting, about
 
 
 def measure(setting: Setting, program: programs.Program, cache: Path) -> dict:
@@ -92,7 +98,7 @@ def measure(setting: Setting, program: programs.Program, cache: Path) -> dict:
     device = setting.mesh.devices.flat[0]
     traced = program.function.trace(*program.arguments)
     lowered = traced.lower(lowering_platforms=(device.platform,))
-    parts = (lowered.as_text(), device.device_kind, str(setting.mesh), _versions())
+    parts = (lowered.as_text(), device.device_kind, str(setting.mesh), json.dumps(_versions()))
     key = f"{program.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}"
     memory, text = _compiled(lowered, cache / key)
     found = {
@@ -116,6 +122,7 @@ def _compiled(lowered: jax.stages.Lowered, path: Path) -> tuple[dict, str]:
     about, text = path.with_suffix(".json"), path.with_suffix(".hlo.gz")
     if not about.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -128,6 +135,7 @@ def _compiled(lowered: jax.stages.Lowered, path: Path) -> tuple[dict, str]:
             }
             text.write_bytes(gzip.compress(compiled.as_text().encode(), mtime=0))
         about.write_text(json.dumps(memory) + "\n")
+        print(f"compiled {path.name.split('-')[0]} in {time.monotonic() - began:.0f} s", file=sys.stderr)
     return json.loads(about.read_text()), gzip.decompress(text.read_bytes()).decode() if text.is_file() else ""
 
 
@@ -166,8 +174,8 @@ def _too_large(error: Exception) -> int:
     return int(float(match.group(1)) * {"K": 2**10, "M": 2**20, "G": 2**30}[match.group(2)])
 
 
-def _versions() -> str:
-    return json.dumps({name: _version(name) for name in ("jax", "jaxlib", "libtpu")})
+def _versions() -> dict[str, str | None]:
+    return {name: _version(name) for name in ("jax", "jaxlib", "libtpu")}
 
 
 def _version(name: str) -> str | None:
@@ -184,6 +192,7 @@ def _shape(checkpoint: str) -> tuple[model_config.Qwen2AudioConfig, str]:
     return model_config.from_dict(PUBLISHED), "Qwen2-Audio-7B as published"
 
 
+@functools.cache
 def _devices(topology: str) -> list[jax.Device]:
     """The devices of a topology such as 'v5e:2x4', or those of this machine.
 
@@ -196,6 +205,8 @@ def _devices(topology: str) -> list[jax.Device]:
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for the TPU of this machine
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor lock it
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # nor ask a metadata server who its neighbours are
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # the topology's name is what counts
     jax.config.update("jax_platforms", "cpu")
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
@@ -207,22 +218,64 @@ def _devices(topology: str) -> list[jax.Device]:
         ) from None
 
 
-def sweep(case: Case) -> Iterator[tuple[str, int, str]]:
-    """For batch, K and completion length: the largest power-of-two multiple of the configured value that fits.
+def sweep(case: Case, start: dict) -> Iterator[str]:
+    """For batch, K and completion length: the largest of the configured value times 1, 2, 4, ... that fits.
+
+    Memory is nearly linear in each. So the tightest program is compiled at twice the value, which foretells the end of
+    the doubling; all programs are compiled there, and the tightest at the next doubling, which must not fit.
+
+    Args:
+      case: the configuration.
+      start: what `run` found for it.
 
     Yields:
-      key, its largest value, and what ended the search.
+      one line a key.
     """
+    tightest = min(start["programs"], key=lambda p: planned.spare(p, start["about"]))
+    room = planned.spare(tightest, start["about"])
+    if room < 0:
+        yield f"the configuration itself does not fit: {planned.verdict(tightest, start['about'])}"
+        return
+    setting, _ = _prepared(case)
+    before = {p.name: p for p in programs.programs(setting, case.window, case.text)}
     for key in ("data.batch_size", *SWEPT[case.config.algorithm], "data.max_tokens"):
-        value = largest = 0
-        while True:
-            value = 2 * value or _get(case.config, key)
-            result = run(dataclasses.replace(case, config=_set(case.config, key, value)))
-            tight = [p for p in result["programs"] if planned.spare(p, result["about"]) < 0]
-            if tight:
-                yield key, largest, f"{value} does not fit in {tight[0]['name']}"
-                break
-            largest = value
+        spares = functools.partial(_spares, case, key, before, tightest["name"])
+        ends = functools.cache(functools.partial(_ends, case, key, spares))
+        growth = room - next(spares(2))[1]
+        times = 2 ** int(math.log2(1 + room / max(growth, 1)))
+        while times > 1 and ends(times):
+            times //= 2
+        while not ends(2 * times):
+            times *= 2
+        yield f"{key} up to {times * _get(case.config, key)}: {ends(2 * times)}"
+
+
+def _ends(case: Case, key: str, spares: Callable[[int], Iterator[tuple[str, float]]], times: int) -> str:
+    """Why a multiple of a key's value will not do; '' when it does."""
+    value = times * _get(case.config, key)
+    if not rules.RULES[key].holds(value):
+        return f"{key} must be {rules.RULES[key].what}"
+    for name, spare in spares(times):
+        if spare < 0:
+            return f"{value} needs {-spare / planned.GIB:.1f} GiB more in {name}"
+    return ""
+
+
+def _spares(
+    case: Case, key: str, before: dict[str, programs.Program], tightest: str, times: int
+) -> Iterator[tuple[str, float]]:
+    """Bytes left in each program that a multiple of a key's value changes, the tightest first."""
+    changed = dataclasses.replace(case, config=_set(case.config, key, times * _get(case.config, key)))
+    setting, about = _prepared(changed)
+    with jax.set_mesh(setting.mesh):
+        after = programs.programs(setting, case.window, case.text)
+        for program in sorted(after, key=lambda p: p.name != tightest):
+            if program.name == tightest or not _alike(program, before[program.name]):
+                yield program.name, planned.spare(measure(setting, program, case.cache), about)
+
+
+def _alike(a: programs.Program, b: programs.Program) -> bool:
+    return (a.trips, a.completions, a.arguments) == (b.trips, b.completions, b.arguments)
 
 
 def _get(config: FrozenConfigDict, key: str) -> int:
@@ -245,14 +298,15 @@ def main() -> None:
         window = args.window or max(config.data.windows)
         for topology in args.topology:
             case = Case(config, file, topology, window, args.text, args.cache)
+            print(f"{file} on {topology or 'this machine'}", file=sys.stderr)
             results.append(run(case))
             if args.sweep:
                 if results[-1]["about"]["chip"] is None:
                     raise ConfigError(f"--sweep needs a chip of known memory, not {results[-1]['about']['kind']}")
-                for key, value, why in sweep(case):
-                    print(f"{file} on {topology}: {key} up to {value}; {why}")
+                results[-1]["sweep"] = list(sweep(case, results[-1]))
     command = " ".join(["python -m ambijax.plan", *sys.argv[1:]])
-    print(planned.markdown(results, command) if args.markdown else planned.text(results))
+    versions = ", ".join(f"{name} {version}" for name, version in _versions().items() if version)
+    print(planned.markdown(results, command, versions) if args.markdown else planned.text(results))
 
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:

@@ -69,13 +69,12 @@ def step(result: dict) -> dict | None:
     useful = sum(n * p["model_flops"] for p, n in parts)
     slowest = max(parts, key=lambda part: part[1] * roofline(part[0], about).seconds)[0]
     prompts = next(p["prompts"] for p in result["programs"] if p["name"] == "update")
-    price = about["chip"]["dollars"]
     return {
         "seconds": seconds,
         "mfu": useful / about["chip"]["flops"] / seconds,
         "slowest": f"{slowest['name']}, {roofline(slowest, about).bound}",
         "clips_a_second": prompts / seconds,
-        "dollars": price * about["devices"] * seconds * 1000 / 3600 if price else None,
+        "chip_hours": about["devices"] * seconds * 1000 / 3600,  # of a thousand steps
     }
 
 
@@ -123,14 +122,33 @@ def speed_rows(result: dict) -> list[list[str]]:
     return rows
 
 
+def overview_rows(results: list[dict]) -> list[list[str]]:
+    """A line for each plan: its fullest program, and its training step."""
+    rows = [["configuration", "chips", "mesh", "fullest program", "GiB a chip", "verdict"]]
+    rows[0] += ["least time of a step", "bound by", "MFU", "chip-hours per 1,000 steps"]
+    for result in results:
+        about = result["about"]
+        fullest = max(result["programs"], key=total)
+        mesh = " x ".join(str(n) for n in about["mesh"].values())
+        cells = [about["config"], about["topology"], mesh, fullest["name"], f"{total(fullest) / GIB:.2f}"]
+        rows.append([*cells, verdict(fullest, about), *_step_cells(result)])
+    return rows
+
+
+def _step_cells(result: dict) -> list[str]:
+    if (found := step(result)) is None:
+        return [""] * 4
+    return [_time(found["seconds"]), found["slowest"], f"{found['mfu']:.0%}", f"{found['chip_hours']:.2f}"]
+
+
 def summary(result: dict) -> str:
     """One line about the training step."""
     if (found := step(result)) is None:
         return ""
-    cost = f", {found['dollars']:.2f} $ per 1,000 steps" if found["dollars"] else ""
     return (
         f"a step takes at least {_time(found['seconds'])} ({found['slowest']} bound): "
-        f"at most {found['clips_a_second']:.1f} clips/s and {found['mfu']:.0%} MFU{cost}"
+        f"at most {found['clips_a_second']:.1f} clips/s and {found['mfu']:.0%} MFU, "
+        f"{found['chip_hours']:.2f} chip-hours per 1,000 steps"
     )
 
 
@@ -140,20 +158,25 @@ def text(results: list[dict]) -> str:
     for result in results:
         lines += ["", title(result["about"]), shape(result["about"]), ""]
         lines += [*_aligned(memory_rows(result)), "", *_aligned(speed_rows(result)), "", summary(result)]
+        lines += [f"largest that fits, one key at a time: {line}" for line in result.get("sweep", [])]
     return "\n".join(lines)
 
 
-def markdown(results: list[dict], command: str) -> str:
-    """Plans as a document; `command` made it."""
-    lines = ["# The plan for the default configurations", "", f"Made by `{command}`.", ""]
-    lines += [__doc__.split("\n\n", 1)[1].strip(), ""]
+def markdown(results: list[dict], command: str, versions: str) -> str:
+    """Plans as a document; `command` made it, with these versions of the compiler."""
+    lines = ["# The plan for the default configurations", "", f"Made by `{command}` with {versions}.", ""]
+    lines += [__doc__.split("\n\n", 1)[1].strip(), "", *_table(overview_rows(results))]
     for result in results:
         lines += [f"## {title(result['about'])}", "", shape(result["about"]) + ".", ""]
-        for rows in (memory_rows(result), speed_rows(result)):
-            lines += ["| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
-            lines.append("")
+        lines += [*_table(memory_rows(result)), *_table(speed_rows(result))]
         lines += [summary(result).capitalize() + ".", ""] * bool(summary(result))
+        if "sweep" in result:
+            lines += ["Largest that fits, one key at a time:", "", *(f"- {line}" for line in result["sweep"]), ""]
     return "\n".join(lines).rstrip()
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]] + [""]
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

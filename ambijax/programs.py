@@ -34,6 +34,7 @@ class Program:
     beside: dict  # what else lies in memory meanwhile: name -> pytree of ShapeDtypeStruct
 
 
+@functools.lru_cache(maxsize=4)
 def variables(setting: Setting) -> dict:
     """{'params', 'lora'} as a run holds them: base weights in model.dtype, adapters in float32, each in its shards."""
     shapes = dict(qwen2_audio.shapes(setting.model))
@@ -41,6 +42,7 @@ def variables(setting: Setting) -> dict:
     return _in_shards(shapes, setting.mesh)
 
 
+@functools.lru_cache(maxsize=4)
 def state(setting: Setting) -> tuple[TrainState, dict, object]:
     """The training state, what is frozen, and the optimizer."""
     both = variables(setting)

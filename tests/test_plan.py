@@ -43,6 +43,42 @@ def test_weights_of_the_published_model_by_hand():
     assert moments == 2 * adapters
 
 
+def _by_hand(fsdp: int, tensor: int) -> dict[str, int]:
+    """Bytes a chip from the published shape: width 4096, feed-forward 11008, 32 layers, 156,032 words; tower 1280,
+    feed-forward 5120, 32 layers. Matrices are split by both axes; biases with their output; norms, convolutions and
+    positions are whole on every chip."""
+    both, d, f, e, g = fsdp * tensor, 4096, 11008, 1280, 5120
+    matrices = 32 * (4 * d * d + 3 * d * f) + 2 * 156032 * d + 32 * (4 * e * e + 2 * e * g)
+    by_tensor = 32 * (3 * d + 2 * e + g)  # biases of q, k, v; in the tower of q, v and fc1
+    by_fsdp = 32 * (e + e) + e * d + d  # biases of out_proj and fc2; the projector, whose input is not split
+    norms = (32 * 2 + 1) * d + (32 * 2 + 1) * 2 * e
+    whole = norms + (128 * 3 * e + e) + (e * 3 * e + e) + 1500 * e
+    # Rank 8: A [in, 8] follows the matrix's rows, B [8, out] its columns; o and down have heads and mlp as their rows.
+    by_rows = 8 * 32 * (5 * d // fsdp + d // tensor + f // tensor)
+    by_columns = 8 * 32 * (3 * d // tensor + d // fsdp + 2 * f // tensor + d // fsdp)
+    return {
+        "weights": 2 * (matrices // both + by_tensor // tensor + by_fsdp // fsdp + whole),
+        "adapters": 4 * (by_rows + by_columns),
+    }
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 4), (3, 1, 2), (1, 4, 1), (1, 2, 2), (3, 2, 1), (1, 1, 1)])
+def test_bytes_of_the_published_model_by_hand_on_meshes_of_fewer_chips(mesh):
+    data, fsdp, tensor = mesh
+    keys = (f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}", "data.batch_size=12")
+    devices = jax.devices()[: data * fsdp * tensor]
+    setting = programs.setting(_config("grpoz", *keys), model_config.from_dict(plan.PUBLISHED), devices)
+    whole, _, _ = programs.state(setting)
+    both, hand = programs.variables(setting), _by_hand(fsdp, tensor)
+    assert programs.bytes_a_device(both["params"]) == hand["weights"]
+    assert programs.bytes_a_device(both["lora"]) == hand["adapters"]
+    moments = [x for x in jax.tree.leaves(whole.optimizer) if x.ndim]
+    assert programs.bytes_a_device(moments) == 2 * hand["adapters"]
+    # Half a MiB a token: twelve prompts of 224 tokens, and eight completions of 256 to each.
+    roll_out = next(p for p in programs.programs(setting, 512, 96) if p.name == "roll-out")
+    assert programs.cache(setting, roll_out) == 12 * (224 + 8 * 256) * 2**19 // (data * fsdp * tensor)
+
+
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (1, 1, 8), (1, 2, 4), (2, 2, 2), (8, 1, 1)])
 def test_chips_that_split_weights_share_them_in_proportion(mesh):
     both = programs.variables(_published("sft", *mesh))
@@ -173,7 +209,7 @@ def test_every_step_kind_of_a_run_is_planned(tiny):
         assert program["weights"] > 0
     update = next(p for p in result["programs"] if p["name"] == "update")
     assert update["flops"] > update["model_flops"], "the layers are computed again for their gradients"
-    for text in (planned.text([result]), planned.markdown([result], "command")):
+    for text in (planned.text([result]), planned.markdown([result], "command", "jax 1")):
         assert "evaluation" in text
         assert "mesh data 1 x fsdp 4 x tensor 2" in text
 
@@ -198,6 +234,39 @@ def test_no_program_gathers_logits_or_holds_whole_weights(tiny):
         for opcode, shape in compiled.shapes():
             if opcode.startswith("all-gather"):
                 assert rows not in shape[1:], f"{file.name}: {opcode} {shape}"  # [.., V]; the table [V, D] may be
+
+
+def _memory(setting, program, _):
+    """As if a roll-out took 2 GiB and 16 MiB for every thousand tokens that are written, an update half of that."""
+    written = program.prompts * program.completions * setting.config.data.max_tokens // 1024
+    size = {"roll-out": 2 * GIB + written * 2**24, "update": GIB + written * 2**23}.get(program.name, GIB)
+    return {**_program(temporaries=size), "name": program.name}
+
+
+def test_a_sweep_finds_the_last_doubling_that_fits_and_compiles_little(monkeypatch, tmp_path):
+    compiled = []
+    monkeypatch.setattr(plan, "measure", lambda *a: compiled.append((a[1].name, a[1].prompts)) or _memory(*a))
+    monkeypatch.setitem(chips.CHIPS, "cpu", chips.CHIPS["TPU v5 lite"])  # 15.75 GiB
+    keys = ("mesh.data=4", "mesh.fsdp=2", "data.batch_size=8", "data.max_tokens=256", "eval.batch_size=8")
+    case = plan.Case(_config("grpoz.py:tiny", *keys), "", "", 256, 96, tmp_path)
+    start = plan.run(case)
+    compiled.clear()
+    # 8 x 8 x 256 tokens are 16 thousand; 13.75 GiB hold 880 thousand, so 32 times as many do and 64 times do not.
+    lines = list(plan.sweep(case, start))
+    assert lines[0] == "data.batch_size up to 256: 512 needs 2.2 GiB more in roll-out"
+    assert [line.split(":")[0] for line in lines[1:]] == ["grpo.samples up to 256", "data.max_tokens up to 8192"]
+    ends = [("roll-out", 16), ("roll-out", 256), ("reference", 256), ("update", 256), ("roll-out", 512)]
+    assert compiled[:5] == ends, "encoding and evaluation do not change with the batch"
+
+
+def test_a_sweep_of_what_does_not_fit_names_the_key(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        plan, "measure", lambda _, program, __: {**_program(temporaries=17 * GIB), "name": program.name}
+    )
+    monkeypatch.setitem(chips.CHIPS, "cpu", chips.CHIPS["TPU v5 lite"])
+    case = plan.Case(_config("sft.py:tiny"), "", "", 256, 96, tmp_path)
+    (line,) = plan.sweep(case, plan.run(case))
+    assert line.startswith("the configuration itself does not fit: needs 1.2 GiB more: ")
 
 
 @pytest.mark.parametrize(

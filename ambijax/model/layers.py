@@ -57,8 +57,21 @@ class Dense(nn.Module):
         ).value
         b = self.variable("lora", "b", lambda: jnp.zeros((rank, self.features))).value
         if self.lora.dropout > 0 and self.has_rng("dropout"):
-            x = nn.Dropout(self.lora.dropout, deterministic=False)(x)
+            x = Dropout(self.lora.dropout)(x)
         return self.lora.scale * low_rank(x, a.astype(x.dtype), b.astype(x.dtype))
+
+
+class Dropout(nn.Module):
+    """Zeroes entries of x with probability `rate` and divides the others by 1 - rate."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
+        # Behind a barrier the draw is an array. Without one, XLA for TPUs puts the generator's twenty rounds into every
+        # product that reads x, and a 7B update takes many times as long to compile (docs/log.md).
+        return jnp.where(jax.lax.optimization_barrier(keep), x / (1 - self.rate), 0)
 
 
 @jax.custom_vjp
