@@ -185,6 +185,11 @@ class Compiled:
         for i in users:
             if i.opcode == "bitcast":
                 total += self._read(i.name, body, size)
+            elif i.opcode == "fusion":  # one inside another
+                inner = self.computations[i.called("calls")]
+                names = {int(p.rest): p.name for p in inner if p.opcode == "parameter"}
+                taken = [names[n] for n, name in enumerate(i.operands) if name == parameter]
+                total += sum(self._read(name, inner, size) for name in taken)
             elif i.opcode in ("dynamic-slice", "slice", "gather") and i.operands[0] == parameter:
                 total += sum(_sizes(i.shape))
             elif i.opcode != "dynamic-update-slice" or i.operands[0] != parameter:

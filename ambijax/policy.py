@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ambijax import losses, readout
+from ambijax import losses, readout, sharding
 from ambijax.model.decoder import Past
 from ambijax.model.qwen2_audio import Qwen2Audio, unstack
 from ambijax.structs import Completions, Prompt, Rollout, Scores
@@ -298,7 +298,8 @@ def categorical(logits: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
       int32 tokens [...], and log sum exp of the logits [...].
     """
     size = logits.shape[-1]
-    blocks = -(-size // _BLOCK)
+    parts = sharding.split("vocab")  # each holds whole blocks, or all would gather the logits to cut them into blocks
+    blocks = -(-size // (_BLOCK * parts)) * parts
     top = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.pad(jnp.exp(logits - top), [(0, 0)] * (logits.ndim - 1) + [(0, blocks * _BLOCK - size)])
     weights = weights.reshape(*logits.shape[:-1], blocks, _BLOCK)

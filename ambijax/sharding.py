@@ -140,6 +140,12 @@ def round_up(batch: int, mesh: Mesh) -> int:
     return -(-batch // split) * split
 
 
+def split(axis: str) -> int:
+    """Into how many parts the mesh at hand splits a logical axis of one mesh axis; 1 where there is no mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[RULES[axis]]
+
+
 def constrain_batch(x: jax.Array, axis: int = 0) -> jax.Array:
     """Keeps an array split over its batch axis, so that XLA moves weights and not activations."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -170,6 +170,37 @@ def test_a_tpus_text():
     assert found.traffic() == 32 * (128 + 2 * 1024 + 9)
 
 
+# A fusion inside a fusion takes one layer out of a stack of 32.
+NESTED = """
+%inner (i0: bf16[32,8,64], i1: s32[]) -> bf16[8,64] {
+  %i0 = bf16[32,8,64]{2,1,0} parameter(0)
+  %i1 = s32[] parameter(1)
+  %slice = bf16[1,8,64]{2,1,0} dynamic-slice(%i0, %i1, %i1, %i1), dynamic_slice_sizes={1,8,64}
+  ROOT %b = bf16[8,64]{1,0} bitcast(%slice)
+}
+
+%outer (o0: bf16[32,8,64], o1: s32[], o2: bf16[64,4]) -> bf16[8,4] {
+  %o0 = bf16[32,8,64]{2,1,0} parameter(0)
+  %o1 = s32[] parameter(1)
+  %o2 = bf16[64,4]{1,0} parameter(2)
+  %layer = bf16[8,64]{1,0} fusion(%o0, %o1), kind=kLoop, calls=%inner
+  ROOT %dot = bf16[8,4]{1,0} dot(%layer, %o2)
+}
+
+ENTRY %main (a: bf16[32,8,64], n: s32[], w: bf16[64,4]) -> bf16[8,4] {
+  %a = bf16[32,8,64]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %w = bf16[64,4]{1,0} parameter(2)
+  ROOT %f = bf16[8,4]{1,0} fusion(%a, %n, %w), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_of_a_stack_of_layers_only_the_layer_is_read():
+    # The layer, the index, the matrix, the result.
+    assert cost.Compiled(NESTED).traffic() == 2 * 8 * 64 + 4 + 2 * 64 * 4 + 2 * 8 * 4
+
+
 def _program(**changes) -> dict:
     base = dict.fromkeys(("weights", "adapters", "optimizer", "batch", "cache", "temporaries", "results"), 0)
     return {"name": "update", "prompts": 4, "completions": 8, "flops": 1, "model_flops": 1, **base, **changes}

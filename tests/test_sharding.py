@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ambijax import losses, optim, policy, sharding
+from ambijax import cost, losses, optim, policy, sharding
 from ambijax.errors import ConfigError
 from tests import small
 
@@ -69,6 +69,21 @@ def test_meshes_agree_with_one_device(shape, one_device):
         np.testing.assert_allclose(a, b, atol=1e-5 * largest)
     np.testing.assert_array_equal(found["tokens"], one_device["tokens"])
     np.testing.assert_allclose(found["readout"], one_device["readout"], atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 2, 4)])
+def test_drawing_a_token_gathers_no_logits(shape):
+    # 156,032 words are 610 blocks of 256, which neither four nor eight devices can share.
+    mesh, words = _mesh(shape), 156032
+    rng = np.random.default_rng(0)
+    logits, u = rng.normal(size=(4, 2, words)).astype(np.float32), rng.uniform(0.01, 1, (4, 2, 2)).astype(np.float32)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(logits, NamedSharding(mesh, PartitionSpec("fsdp", None, "tensor")))
+        draw = jax.jit(policy.categorical).lower(placed, sharding.place(u, mesh)).compile()
+        tokens, _ = draw(placed, sharding.place(u, mesh))
+    gathered = [c.payload for c in cost.Compiled(draw.as_text()).collectives() if c.kind == "all-gather"]
+    assert sum(gathered) < logits.nbytes / 50, "the masses of the blocks, not the words in them"
+    np.testing.assert_array_equal(tokens, jax.jit(policy.categorical)(logits, u)[0])
 
 
 def test_large_matrices_are_split_over_fsdp_and_tensor():
