@@ -26,6 +26,7 @@ _CORPUS_LICENCES = {
     "IEMOCAP": "IEMOCAP: the USC licence, for research; neither audio nor transcripts may be passed on, and this "
     "directory holds none.",
 }
+_TITLES = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO", "grpoz": "GRPOz"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -48,7 +49,7 @@ def render(about: About) -> str:
     described = _corpus_description(c)
     licences = [text for name, text in _CORPUS_LICENCES.items() if name in described]
     sections = {
-        f"Emotion as a distribution: {c.algorithm.upper()} on {Path(about.base_model).name}": _what(about),
+        f"Emotion as a distribution: {_TITLES[c.algorithm]} on {Path(about.base_model).name}": _what(about),
         "Use": _use(about),
         "Data": f"{described}\n\nClasses: {', '.join(c.data.labels)}. The speakers of fold {c.data.fold} are held out.",
         "Training": _training(about),
@@ -61,7 +62,7 @@ def render(about: About) -> str:
         "prohibited (AI Act, article 5).",
         "Licence": "\n".join(
             f"- {line}"
-            for line in (f"Base model: the licence of {about.base_model} applies to what derives from it.", *licences)
+            for line in (f"Base: the licence of {_named(about.base_model)} applies to what derives from it.", *licences)
         ),
         "Citation": f"```bibtex\n{CITATION}\n```",
     }
@@ -71,16 +72,25 @@ def render(about: About) -> str:
 
 
 def _header(about: About) -> str:
-    named = _HUB_NAME.fullmatch(about.base_model) and not Path(about.base_model).exists()
+    named = _is_hub_name(about.base_model)
     tags = ["ambijax", "speech-emotion-recognition", "ambiguity", "qwen2-audio", *["lora"] * (about.kind == "peft")]
     lines = [
-        *[f"base_model: {about.base_model}"] * bool(named),
+        *[f"base_model: {about.base_model}"] * named,
         f"library_name: {'peft' if about.kind == 'peft' else 'transformers'}",
         "pipeline_tag: audio-text-to-text",
         f"license: {about.licence}",
         f"tags: [{', '.join(tags)}]",
     ]
     return "\n".join(["---", *lines, "---"])
+
+
+def _is_hub_name(base_model: str) -> bool:
+    return bool(_HUB_NAME.fullmatch(base_model)) and not Path(base_model).exists()
+
+
+def _named(base_model: str) -> str:
+    """What strangers may call the base: its hub name, or of a directory of ours the last part."""
+    return base_model if _is_hub_name(base_model) else Path(base_model).name
 
 
 def _what(about: About) -> str:
@@ -96,7 +106,7 @@ def _what(about: About) -> str:
 
 
 def _use(about: About) -> str:
-    base = f', checkpoint="{about.base_model}"' if about.kind == "peft" else ""
+    base = f', checkpoint="{_named(about.base_model)}"' if about.kind == "peft" else ""
     return (
         f'```python\nimport ambijax\n\nmodel = ambijax.load("this_directory"{base})\n'
         'model.predict("clip.wav").distribution\n```\n\n'
@@ -122,7 +132,7 @@ def _training(about: About) -> str:
         assemble.trains_base(c)
     )
     rows = {
-        "algorithm": c.algorithm.upper(),
+        "algorithm": _TITLES[c.algorithm],
         "trained": "; ".join(trained),
         "updates": f"{about.step} of {c.steps}" + ", the best on dev" * about.best,
         "batch": f"{c.data.batch_size} prompts",

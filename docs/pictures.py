@@ -1,11 +1,11 @@
 """The pictures of the documentation, from a run: `python docs/pictures.py runs/tiny`.
 
-They are what Chromium shows of the run's report and demo, light and dark, two pixels a point. Needs
-`pip install -e '.[report,demo,browser]'` and Chromium.
+They are what Chromium shows of the run's report and demo, two pixels a point. Needs Chromium and
+`pip install -e '.[report,demo,browser]'`.
 
-    images/tiny_lab.png      votes and read-outs of six clips; the README's
-    images/report.png        one clip in the report's gallery
-    images/demo.png          the demo after its second example
+    images/tiny_lab.png, tiny_lab_dark.png      votes and read-outs of six clips; the README's
+    images/report.png                           one clip in the report's gallery
+    images/demo.png                             the demo after its second example
 """
 
 import argparse
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from PIL import Image  # comes with matplotlib
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 IMAGES = Path(__file__).parent / "images"
@@ -34,10 +35,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory, serving(run) as demo:
             subprocess.run([sys.executable, "-m", "ambijax.report", run, "--out", directory], check=True)
             report = (Path(directory) / "index.html").as_uri()
-            for theme, suffix in (("light", ""), ("dark", "_dark")):
-                picture(figure(visit(browser, report, theme)), f"tiny_lab{suffix}")
-                picture(clip(visit(browser, report, theme)), f"report{suffix}")
-                picture(example(visit(browser, demo, theme)), f"demo{suffix}")
+            picture(figure(visit(browser, report)), "tiny_lab")
+            picture(figure(visit(browser, report, "dark")), "tiny_lab_dark")
+            picture(clip(visit(browser, report)), "report")
+            picture(example(visit(browser, demo)), "demo")
 
 
 @contextmanager
@@ -52,7 +53,7 @@ def serving(run: Path) -> Iterator[str]:
         process.wait()
 
 
-def visit(browser: Browser, address: str, theme: str) -> Page:
+def visit(browser: Browser, address: str, theme: str = "light") -> Page:
     page = browser.new_page(viewport={"width": POINTS, "height": 900}, color_scheme=theme, device_scale_factor=2)
     page.goto(address)
     return page
@@ -79,6 +80,7 @@ def picture(what: Locator, name: str) -> None:
     what.scroll_into_view_if_needed()
     what.page.wait_for_timeout(500)  # bars move, canvases are drawn when they come into view
     what.screenshot(path=IMAGES / f"{name}.png")
+    Image.open(IMAGES / f"{name}.png").quantize(128).save(IMAGES / f"{name}.png", optimize=True)
     what.page.close()
 
 

@@ -91,6 +91,18 @@ def test_blocks_of_both_kinds_are_found():
     assert blocks(text) == [(3, ["python -m ambijax.x \\", "  --y"]), (8, ["python -m ambijax.z"])]
 
 
+def test_the_readme_names_every_module_and_no_other():
+    """In its file tree: a subpackage by its directory, a helper behind the module it helps."""
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("    ambijax/\n")[2].partition("    launch/")[0]
+    package = ROOT / "ambijax"
+    modules = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    inside = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    named = set(re.findall(r"[a-z_]+(?:\.py|/)", tree.replace("test_layering.py", "")))
+    assert modules - named == set()
+    assert inside - named == set()
+    assert {name for name in named if name.endswith(".py")} <= modules
+
+
 def test_the_pages_are_linked_from_the_map():
     """docs/index.md leads to every page, so that none is lost."""
     map_ = (ROOT / "docs/index.md").read_text(encoding="utf-8")

@@ -214,8 +214,11 @@ def test_the_card_says_what_the_run_was(run, tmp_path):
     assert huggingface_hub.ModelCard(card).data.base_model == "Qwen/Qwen2-Audio-7B-Instruct"  # the header is YAML
 
 
-def test_an_unevaluated_run_says_so(exported):
-    assert "Not evaluated" in (exported / "README.md").read_text()
+def test_an_unevaluated_run_says_so_and_no_card_names_our_directories(exported):
+    card = (exported / "README.md").read_text()
+    assert "Not evaluated" in card
+    assert 'checkpoint="tiny"' in card
+    assert str(trained.TINY.parent) not in card
 
 
 def test_digests_are_of_every_file(exported):
