@@ -18,13 +18,16 @@ def keep() -> None:
     """Keeps the compiled programs of this process for later ones, in the user's cache directory if nowhere else."""
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = home / "ambijax" / "programs"
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "ambijax" / "programs"
     try:
+        directory = directory.expanduser()
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # a user without a name has no home
         advice = "set JAX_COMPILATION_CACHE_DIR to save minutes at the next start"
-        print(f"compiled programs are not kept: {directory}: {error.strerror}; {advice}", file=sys.stderr)
+        print(
+            f"compiled programs are not kept: {directory}: {getattr(error, 'strerror', error)}; {advice}",
+            file=sys.stderr,
+        )
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_compilation_cache_max_size", _LIMIT)

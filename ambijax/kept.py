@@ -59,7 +59,7 @@ class Shelf:
     """
 
     def __init__(self, directory: str) -> None:
-        self._root = Path(directory).expanduser() if directory else None
+        self._root = _root(directory)
         self.damaged: list[Path] = []
         if self._root:
             with contextlib.suppress(OSError):
@@ -109,8 +109,18 @@ class Shelf:
 
 def size(directory: str) -> tuple[int, int]:
     """How many arrays a directory keeps, and their bytes."""
-    sizes = [path.stat().st_size for path in Path(directory).expanduser().glob("??/*")]
+    root = _root(directory)
+    sizes = [path.stat().st_size for path in root.glob("??/*")] if root else []
     return len(sizes), sum(sizes)
+
+
+def _root(directory: str) -> Path | None:
+    """The directory; None for '' and where it lies in the home of a user who has none, as in many containers."""
+    try:
+        return Path(directory).expanduser() if directory else None
+    except RuntimeError as error:
+        print(f"{directory}: nothing is kept for later runs: {error}; set data.features", file=sys.stderr)
+        return None
 
 
 def _sha256(key: str, data: bytes | memoryview) -> bytes:

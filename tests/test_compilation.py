@@ -1,6 +1,7 @@
 """Programs are counted, kept for the next process, and none is made after warm-up whatever the clips' lengths."""
 
 import os
+import pwd
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ambijax import audio, compilation, data, losses, policy
+from ambijax import audio, compilation, data, kept, losses, policy
 from tests import small
 
 WINDOWS = (256, 1024, 3000)
@@ -32,6 +33,18 @@ def _count(**environment: str) -> tuple[list[int], str]:
         check=True,
     )
     return [int(n) for n in done.stdout.split()], done.stderr
+
+
+def test_a_user_without_a_home_keeps_nothing_and_is_told(monkeypatch, capsys):
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # a number without a name, as in many containers
+    compilation.keep()
+    assert not kept.Shelf("~/features").keeps
+    assert kept.size("~/features") == (0, 0)
+    said = capsys.readouterr().err
+    assert "compiled programs are not kept" in said
+    assert "~/features: nothing is kept for later runs" in said
 
 
 def test_a_second_process_compiles_nothing(tmp_path):
