@@ -4,7 +4,8 @@
 #   launch/docker.sh build | run | stop       [--config.KEY=VALUE ...]
 #
 # Needs RUN_ID and IMAGE; run: CONFIG RUNS (a directory) CHECKPOINT (a directory; optional for :tiny). EXTRA=cuda builds
-# for GPUs, GPUS=all gives them to the run. stop waits two minutes for the checkpoint. DRY_RUN=1 only prints.
+# for GPUs, GPUS=all gives them to the run. Relative directories are the repository's. SIGTERM to this script is the
+# container's; stop waits two minutes for the checkpoint. DRY_RUN=1 only prints.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
@@ -17,14 +18,18 @@ case $action in
   build) run docker build -f launch/Dockerfile --build-arg EXTRA="${EXTRA:-}" -t "$IMAGE" . ;;
   run)
     need CONFIG RUNS
+    RUNS=$(realpath -m "$RUNS") # docker takes a relative path for the name of a volume
     mounts=(-v "$RUNS:/runs")
     flags=()
     if [ -n "${CHECKPOINT:-}" ]; then
-      mounts+=(-v "$CHECKPOINT:/checkpoint:ro")
+      mounts+=(-v "$(realpath -m "$CHECKPOINT"):/checkpoint:ro")
       flags=(--config.model.checkpoint=/checkpoint)
     fi
-    run docker run --rm --name "$RUN_ID" --stop-timeout 120 ${GPUS:+--gpus "$GPUS"} --user "$(id -u):$(id -g)" \
-      "${mounts[@]}" "$IMAGE" --config="$CONFIG" --workdir="/runs/$RUN_ID" ${flags[@]+"${flags[@]}"} "$@" ;;
+    train=(docker run --rm --name "$RUN_ID" --stop-timeout 120 ${GPUS:+--gpus "$GPUS"} --user "$(id -u):$(id -g)"
+      -e HOME=/tmp -e XDG_CACHE_HOME=/runs/.cache "${mounts[@]}" "$IMAGE"
+      --config="$CONFIG" --workdir="/runs/$RUN_ID" ${flags[@]+"${flags[@]}"} "$@")
+    run mkdir -p "$RUNS" # docker would make it, as root
+    if [ -n "${DRY_RUN:-}" ]; then run "${train[@]}"; else exec "${train[@]}"; fi ;;
   stop) run docker stop --time 120 "$RUN_ID" ;;
   *) echo "usage: $0 build|run|stop" >&2; exit 2 ;;
 esac

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# GKE: fills in launch/gke.yaml and applies it. Applied again under the same RUN_ID nothing changes.
+# GKE: fills in launch/gke.yaml and applies it. Applied again under the same RUN_ID nothing changes; to start a run that
+# ended once more, delete it first (its directory stays).
 #
 #   launch/gke.sh apply | status | logs | delete
 #

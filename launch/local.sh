@@ -12,22 +12,23 @@ need CONFIG RUN_ID
 valid_run_id
 train=("${PYTHON:-python}" -m ambijax.train --config="$CONFIG" --workdir="${RUNS:-runs}/$RUN_ID" "$@")
 processes=${PROCESSES:-1}
+[[ "$processes" =~ ^[1-9][0-9]*$ ]] || { echo "local.sh: PROCESSES=$processes must be a whole number from 1" >&2; exit 2; }
 
 if [ "$processes" -eq 1 ]; then
   [ -n "${DRY_RUN:-}" ] && { run "${train[@]}"; exit; }
   exec "${train[@]}" # signals reach it directly
 fi
 
-export JAX_COORDINATOR_ADDRESS="127.0.0.1:${PORT:-12345}" JAX_NUM_PROCESSES=$processes
+cluster=(JAX_COORDINATOR_ADDRESS="127.0.0.1:${PORT:-12345}" JAX_NUM_PROCESSES="$processes")
 children=()
-trap 'kill -TERM "${children[@]}" 2>/dev/null || true' TERM INT
+stopped=
+trap 'stopped=1; kill -TERM "${children[@]}" 2>/dev/null || true' TERM INT
 for ((i = 0; i < processes; i++)); do
-  if [ -n "${DRY_RUN:-}" ]; then
-    run env JAX_PROCESS_ID="$i" CUDA_VISIBLE_DEVICES="$i" "${train[@]}"
-  else
-    JAX_PROCESS_ID=$i CUDA_VISIBLE_DEVICES=$i "${train[@]}" &
-    children+=($!)
-  fi
+  [ -z "$stopped" ] || break
+  one=(env "${cluster[@]}" JAX_PROCESS_ID="$i" CUDA_VISIBLE_DEVICES="$i" "${train[@]}")
+  if [ -n "${DRY_RUN:-}" ]; then run "${one[@]}"; continue; fi
+  "${one[@]}" &
+  children+=($!)
 done
 
 code=0

@@ -10,10 +10,16 @@ cd "$(dirname "$0")/.."
 need RUN_ID
 valid_run_id
 
+# Whether a job of exactly this name is in the queue. awk reads to the end: a pipe closed early would look like "no".
+runs() {
+  sky jobs queue --skip-finished 2>/dev/null |
+    awk -v id="$RUN_ID" '{for (i = 1; i <= NF; i++) if ($i == id) found = 1} END {exit !found}'
+}
+
 case ${1:-} in
   launch)
     need CONFIG BUCKET
-    if [ -z "${DRY_RUN:-}" ] && sky jobs queue --skip-finished 2>/dev/null | grep -qw -- "$RUN_ID"; then
+    if [ -z "${DRY_RUN:-}" ] && runs; then
       echo "$RUN_ID runs already" >&2
       exit 0
     fi

@@ -46,17 +46,18 @@ setup() {
 
 start() {
   need CONFIG CHECKPOINT
-  local train
+  local train watched
   train=$(printf '%q ' .venv/bin/python -m ambijax.train --config="$CONFIG" \
     --config.model.checkpoint="$CHECKPOINT" "$@")
   # The shell that waits for training writes its exit code beside the log.
+  watched="$train --workdir=\$HOME/runs/$RUN_ID & child=\$!
+    trap 'kill -TERM \$child' TERM
+    while :; do code=0; wait \$child || code=\$?; kill -0 \$child 2>/dev/null || break; done
+    echo \$code > ../$RUN_ID.exit"
   on all "cd ambijax
     if [ -f ../$RUN_ID.pid ] && kill -0 \$(cat ../$RUN_ID.pid) 2>/dev/null; then echo runs already; exit 0; fi
     rm -f ../$RUN_ID.exit
-    nohup bash -c '$train --workdir=\$HOME/runs/$RUN_ID & child=\$!
-      trap \"kill -TERM \$child\" TERM
-      while :; do code=0; wait \$child || code=\$?; kill -0 \$child 2>/dev/null || break; done
-      echo \$code > ../$RUN_ID.exit' >> ../$RUN_ID.log 2>&1 < /dev/null &
+    nohup bash -c $(printf %q "$watched") >> ../$RUN_ID.log 2>&1 < /dev/null &
     echo \$! > ../$RUN_ID.pid"
 }
 
@@ -75,17 +76,19 @@ delete() {
 
 babysit() {
   need ACCELERATOR RUNTIME REPOSITORY REVISION BUCKET CONFIG CHECKPOINT
+  local how
   if [ -n "${DRY_RUN:-}" ]; then create; setup; start "$@"; delete; return; fi
   while :; do
     case $(state) in
       ABSENT) create ;;
       SUSPENDED | FAILED) delete ;; # preempted, or never granted
       ACTIVE)
-        case $(ended) in
+        how=$(ended)
+        case $how in
           running) ;;
           lost | 75) setup && start "$@" || echo "the slice is leaving; waiting for its state" >&2 ;;
           0) echo "$RUN_ID is done" >&2; delete; return ;;
-          *) echo "$RUN_ID stopped with exit code $(ended): see $0 logs" >&2; return 1 ;;
+          *) echo "$RUN_ID stopped with exit code $how: see $0 logs" >&2; return 1 ;;
         esac ;;
     esac
     sleep "${INTERVAL:-60}"
@@ -96,6 +99,8 @@ case $action in
   create | setup | delete | babysit) "$action" "$@" ;;
   run) start "$@" ;;
   logs) on 0 "tail -n 100 -f $RUN_ID.log" ;;
-  status) echo "slice $(state), training $(ended)" ;;
+  status)
+    if [ -n "${DRY_RUN:-}" ]; then run "${queued[@]}" describe "$RUN_ID" "${where[@]}"; exit; fi
+    echo "slice $(state), training $(ended)" ;;
   *) echo "usage: $0 create|setup|run|logs|status|babysit|delete" >&2; exit 2 ;;
 esac

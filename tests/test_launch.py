@@ -38,6 +38,12 @@ GKE = {
     "CHIPS_A_HOST": "4",
 }
 
+TRAINING = """#!/bin/bash
+trap 'echo stopped $JAX_PROCESS_ID >> stopped; exit 75' TERM
+echo started $JAX_PROCESS_ID >> started
+while :; do sleep 0.1; done
+"""
+
 
 @pytest.fixture
 def fakes(tmp_path):
@@ -97,12 +103,29 @@ def test_a_dry_run_prints_and_does_nothing(script, arguments, variables, shown, 
     assert _calls(tmp_path) == []
 
 
+DOCKER = {"RUN_ID": "a", "IMAGE": "i", "CONFIG": "c", "RUNS": "/r"}
+SKY = {"RUN_ID": "a", "CONFIG": "c", "BUCKET": "gs://b"}
+ACTIONS = [("tpu.sh", a, TPU) for a in ("create", "setup", "run", "logs", "status", "babysit", "delete")]
+ACTIONS += [("gke.sh", a, GKE) for a in ("apply", "status", "logs", "delete")]
+ACTIONS += [("sky.sh", a, SKY) for a in ("launch", "status", "logs", "cancel")]
+ACTIONS += [("docker.sh", a, DOCKER) for a in ("build", "run", "stop")]
+
+
+@pytest.mark.parametrize(("script", "action", "variables"), ACTIONS)
+def test_no_action_touches_anything_in_a_dry_run(script, action, variables, fakes, tmp_path):
+    done = _launch(tmp_path, script, action, **variables, DRY_RUN="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("+ "), "the command that would run"
+    assert _calls(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "missing"),
     [
         ("local.sh", (), "CONFIG RUN_ID"),
         ("slurm.sbatch", (), "CONFIG RUN_ID"),
         ("tpu.sh", ("create",), "PROJECT ZONE RUN_ID"),
+        ("tpu.sh", (), "PROJECT ZONE RUN_ID"),
         ("gke.sh", ("apply",), "RUN_ID"),
         ("sky.sh", ("launch",), "RUN_ID"),
         ("docker.sh", ("run",), "IMAGE RUN_ID"),
@@ -113,6 +136,105 @@ def test_what_is_missing_is_named(script, arguments, missing, fakes, tmp_path):
     assert done.returncode == 2
     assert f"set {missing} " in done.stderr
     assert _calls(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "action", "missing"),
+    [
+        ("tpu.sh", "create", "ACCELERATOR RUNTIME"),
+        ("tpu.sh", "setup", "REPOSITORY REVISION BUCKET"),
+        ("tpu.sh", "run", "CONFIG CHECKPOINT"),
+        ("tpu.sh", "babysit", "ACCELERATOR RUNTIME REPOSITORY REVISION BUCKET CONFIG CHECKPOINT"),
+        ("gke.sh", "apply", "IMAGE CONFIG BUCKET SERVICE_ACCOUNT ACCELERATOR TOPOLOGY HOSTS CHIPS_A_HOST"),
+        ("sky.sh", "launch", "CONFIG BUCKET"),
+        ("docker.sh", "run", "CONFIG RUNS"),
+    ],
+)
+def test_what_an_action_alone_needs_is_named(script, action, missing, fakes, tmp_path):
+    known = {"PROJECT": "p", "ZONE": "z", "RUN_ID": "a"} | ({"IMAGE": "i"} if script == "docker.sh" else {})
+    done = _launch(tmp_path, script, action, **known)
+    assert done.returncode == 2
+    assert f"set {missing} " in done.stderr
+    assert _calls(tmp_path) == []
+
+
+@pytest.mark.parametrize("processes", ["0", "-1", "two", ""])
+def test_a_number_of_processes_is_one_or_more(processes, tmp_path):
+    done = _launch(tmp_path, "local.sh", CONFIG="c", RUN_ID="a", PROCESSES=processes, DRY_RUN="1")
+    assert (done.returncode, done.stderr) == (
+        (0, done.stderr) if processes == "" else (2, f"local.sh: PROCESSES={processes} must be a whole number from 1\n")
+    )
+
+
+def test_what_a_dry_run_of_several_processes_prints_can_be_run(tmp_path):
+    done = _launch(tmp_path, "local.sh", CONFIG="c", RUN_ID="a", PROCESSES="3", PYTHON="echo", DRY_RUN="1")
+    lines = [line.removeprefix("+ ") for line in done.stderr.splitlines()]
+    for i, line in enumerate(lines):
+        names = {"JAX_COORDINATOR_ADDRESS=127.0.0.1:12345", "JAX_NUM_PROCESSES=3", f"JAX_PROCESS_ID={i}"}
+        assert names <= set(line.split())
+    assert len(lines) == 3
+
+
+def test_slurm_says_from_where_it_wants_to_be_submitted(tmp_path):
+    done = _launch(tmp_path, "slurm.sbatch", CONFIG="c", RUN_ID="a", SLURM_SUBMIT_DIR=str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr == f"slurm.sbatch: submit it from the root of the repository, not from {tmp_path}\n"
+
+
+@pytest.mark.parametrize(("running", "launched"), [("a-0", True), ("b", True), ("a", False)])
+def test_a_managed_job_is_launched_unless_one_of_its_name_runs(running, launched, fakes, tmp_path):
+    # A long list after the name: whoever stops reading early breaks the pipe.
+    fakes("sky", f'case "$*" in *queue*) printf "1  %s  RUNNING\\n" {running}; seq 200000;; esac')
+    done = _launch(tmp_path, "sky.sh", "launch", **SKY)
+    assert done.returncode == 0, done.stderr
+    assert any(" launch " in call for call in _calls(tmp_path)) == launched
+
+
+def test_a_container_gets_sigterm_and_absolute_directories(tmp_path):
+    docker = tmp_path / "bin" / "docker"
+    docker.parent.mkdir()
+    docker.write_text(TRAINING.replace(">> st", f">> {tmp_path}/st").replace("started $JAX_PROCESS_ID", "$*"))
+    docker.chmod(0o755)
+    variables = DOCKER | {"RUNS": str(tmp_path / "sub" / ".." / "runs"), "CHECKPOINT": "weights"}
+    environment = {**os.environ, **variables, "PATH": f"{docker.parent}:{os.environ['PATH']}"}
+    process = subprocess.Popen(["bash", str(LAUNCH / "docker.sh"), "run"], env=environment)
+    while not (tmp_path / "started").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+    call = (tmp_path / "started").read_text()
+    assert f"-v {tmp_path}/runs:/runs " in call
+    assert f"-v {LAUNCH.parent}/weights:/checkpoint:ro " in call
+    assert (tmp_path / "runs").is_dir()
+
+
+def test_a_tpu_host_runs_the_command_as_it_was_given(fakes, tmp_path):
+    """What would be run on a host is run here: arguments survive three shells, SIGTERM is forwarded, the code kept."""
+    home = tmp_path / "home"
+    python = home / "ambijax" / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/arguments\n{TRAINING.split(chr(10), 1)[1]}')
+    python.write_text(python.read_text().replace(">> st", f">> {tmp_path}/st"))
+    python.chmod(0o755)
+    fakes(
+        "gcloud",
+        f'for a in "$@"; do case $a in --command=*) printf %s "${{a#--command=}}" > {tmp_path}/command;; esac; done',
+    )
+    labels = "--config.data.labels=('calm', 'it\"s')"
+    assert _launch(tmp_path, "tpu.sh", "run", labels, **TPU).returncode == 0
+    on_host = {"cwd": home, "env": {**os.environ, "HOME": str(home)}, "timeout": 30, "check": True}
+    subprocess.run(["bash", str(tmp_path / "command")], **on_host)
+    while not (tmp_path / "started").exists():
+        time.sleep(0.05)
+    arguments = (tmp_path / "arguments").read_text().splitlines()
+    assert arguments[:3] == ["-m", "ambijax.train", "--config=configs/grpoz.py"]
+    assert arguments[-2:] == [labels, f"--workdir={home}/runs/grpoz-0"]
+    again = subprocess.run(["bash", str(tmp_path / "command")], **on_host, capture_output=True, text=True)
+    assert again.stdout == "runs already\n"
+    os.kill(int((home / "grpoz-0.pid").read_text()), signal.SIGTERM)
+    while not (home / "grpoz-0.exit").exists():
+        time.sleep(0.05)
+    assert (home / "grpoz-0.exit").read_text() == "75\n"
 
 
 def test_a_run_id_that_no_cloud_takes_is_refused(fakes, tmp_path):
@@ -188,13 +310,6 @@ def test_no_launcher_takes_a_secret():
     for path in (path for path in LAUNCH.iterdir() if path.suffix != ".md"):
         text = path.read_text().lower()
         assert not any(word in text for word in ("api_key", "hf_token", "password", "secret")), path
-
-
-TRAINING = """#!/bin/bash
-trap 'echo stopped $JAX_PROCESS_ID >> stopped; exit 75' TERM
-echo started $JAX_PROCESS_ID >> started
-while :; do sleep 0.1; done
-"""
 
 
 @pytest.mark.parametrize("processes", [1, 2])
