@@ -15,11 +15,8 @@ import dataclasses
 import functools
 import gzip
 import hashlib
-import importlib.metadata
 import json
 import math
-import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +25,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ambijax import chips, cost, errors, planned, programs, rules, settings
+from ambijax import ahead, chips, cost, errors, planned, programs, rules, settings
 from ambijax.agent import Setting
 from ambijax.errors import ConfigError
 from ambijax.model import config as model_config
@@ -64,13 +61,13 @@ def run(case: Case) -> dict:
     """
     setting, about = _prepared(case)
     with jax.set_mesh(setting.mesh):
-        found = [measure(setting, p, case.cache) for p in programs.programs(setting, case.window, case.text)]
+        found = [measure(case, setting, p) for p in programs.programs(setting, case.window, case.text)]
     return {"about": about, "programs": found}
 
 
 def _prepared(case: Case) -> tuple[Setting, dict]:
     """A case's setting, and what a plan says about it."""
-    devices = _devices(case.topology)
+    devices = ahead.devices(case.topology)
     shape, model = _shape(case.config.model.checkpoint)
     setting = programs.setting(case.config, shape, devices)
     chip = chips.find(devices[0].device_kind)
@@ -93,14 +90,12 @@ def _prepared(case: Case) -> tuple[Setting, dict]:
     return setting, about
 
 
-def measure(setting: Setting, program: programs.Program, cache: Path) -> dict:
+def measure(case: Case, setting: Setting, program: programs.Program) -> dict:
     """What one program needs on a chip; compiled once for everything that its text, devices and versions fix."""
-    device = setting.mesh.devices.flat[0]
-    traced = program.function.trace(*program.arguments)
-    lowered = traced.lower(lowering_platforms=(device.platform,))
-    parts = (lowered.as_text(), device.device_kind, str(setting.mesh), json.dumps(_versions()))
+    traced, lowered = _lowered(setting, program)
+    parts = (lowered.as_text(), setting.mesh.devices.flat[0].device_kind, str(setting.mesh), ahead.versions())
     key = f"{program.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}"
-    memory, text = _compiled(lowered, cache / key)
+    memory, text = _compiled(case, program.name, case.cache / key)
     found = {
         "name": program.name,
         "prompts": program.prompts,
@@ -117,26 +112,31 @@ def measure(setting: Setting, program: programs.Program, cache: Path) -> dict:
     return found
 
 
-def _compiled(lowered: jax.stages.Lowered, path: Path) -> tuple[dict, str]:
-    """Memory and text of a compiled program, kept at `path`; what it `needs` and no text when it is too large."""
-    about, text = path.with_suffix(".json"), path.with_suffix(".hlo.gz")
+def _compiled(case: Case, name: str, path: Path) -> tuple[dict, str]:
+    """Memory and text of a compiled program, kept at `path`; see `ahead.compiled`."""
+    about, kept = path.with_suffix(".json"), path.with_suffix(".hlo.gz")
     if not about.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            memory = {"needs": _too_large(error)}
-        else:
-            sizes = compiled.memory_analysis()
-            memory = {
-                "temporaries": sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes,
-                "results": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
-            }
-            text.write_bytes(gzip.compress(compiled.as_text().encode(), mtime=0))
+        memory, text = ahead.compiled(functools.partial(_lower, case, name), here=not case.topology)
+        if text:
+            kept.write_bytes(gzip.compress(text.encode(), mtime=0))
         about.write_text(json.dumps(memory) + "\n")
-        print(f"compiled {path.name.split('-')[0]} in {time.monotonic() - began:.0f} s", file=sys.stderr)
-    return json.loads(about.read_text()), gzip.decompress(text.read_bytes()).decode() if text.is_file() else ""
+        print(f"compiled {name} in {time.monotonic() - began:.0f} s", file=sys.stderr)
+    return json.loads(about.read_text()), gzip.decompress(kept.read_bytes()).decode() if kept.is_file() else ""
+
+
+def _lower(case: Case, name: str) -> jax.stages.Lowered:
+    """A case's program by its name, ready for the compiler."""
+    setting, _ = _prepared(case)
+    with jax.set_mesh(setting.mesh):
+        program = next(p for p in programs.programs(setting, case.window, case.text) if p.name == name)
+        return _lowered(setting, program)[1]
+
+
+def _lowered(setting: Setting, program: programs.Program) -> tuple[jax.stages.Traced, jax.stages.Lowered]:
+    traced = program.function.trace(*program.arguments)
+    return traced, traced.lower(lowering_platforms=(setting.mesh.devices.flat[0].platform,))
 
 
 def _held(program: programs.Program) -> dict[str, list]:
@@ -166,56 +166,11 @@ def _without_remat(setting: Setting, program: programs.Program) -> int:
     return cost.flops(again.function.trace(*again.arguments).jaxpr.jaxpr, 1)
 
 
-def _too_large(error: Exception) -> int:
-    """Bytes that the compiler says it would need."""
-    match = re.search(r"(?:required for[^(]*\(|Used )([\d.]+)([KMG])", str(error))
-    if "RESOURCE_EXHAUSTED" not in str(error) or not match:
-        raise error
-    return int(float(match.group(1)) * {"K": 2**10, "M": 2**20, "G": 2**30}[match.group(2)])
-
-
-def _versions() -> dict[str, str | None]:
-    return {name: _version(name) for name in ("jax", "jaxlib", "libtpu")}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _shape(checkpoint: str) -> tuple[model_config.Qwen2AudioConfig, str]:
     """The model's shape, and where it is from."""
     if Path(checkpoint).is_dir():
         return model_config.load(checkpoint), str(checkpoint)
     return model_config.from_dict(PUBLISHED), "Qwen2-Audio-7B as published"
-
-
-@functools.cache
-def _devices(topology: str) -> list[jax.Device]:
-    """The devices of a topology such as 'v5e:2x4', or those of this machine.
-
-    Raises:
-      ConfigError: no such topology, or no libtpu.
-    """
-    if not topology:
-        return jax.devices()
-    from jax.experimental import topologies
-
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for the TPU of this machine
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor lock it
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # nor ask a metadata server who its neighbours are
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")  # the topology's name is what counts
-    jax.config.update("jax_platforms", "cpu")
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except Exception as error:  # whatever libtpu throws; its first line says what it wanted
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"--topology={topology}: {reason}; names look like v5e:2x4, v6e:2x2, v5p:2x2x1, and need libtpu: "
-            "pip install 'ambijax[tpu]'"
-        ) from None
 
 
 def sweep(case: Case, start: dict) -> Iterator[str]:
@@ -271,7 +226,7 @@ def _spares(
         after = programs.programs(setting, case.window, case.text)
         for program in sorted(after, key=lambda p: p.name != tightest):
             if program.name == tightest or not _alike(program, before[program.name]):
-                yield program.name, planned.spare(measure(setting, program, case.cache), about)
+                yield program.name, planned.spare(measure(changed, setting, program), about)
 
 
 def _alike(a: programs.Program, b: programs.Program) -> bool:
@@ -305,7 +260,7 @@ def main() -> None:
                     raise ConfigError(f"--sweep needs a chip of known memory, not {results[-1]['about']['kind']}")
                 results[-1]["sweep"] = list(sweep(case, results[-1]))
     command = " ".join(["python -m ambijax.plan", *sys.argv[1:]])
-    versions = ", ".join(f"{name} {version}" for name, version in _versions().items() if version)
+    versions = ", ".join(f"{name} {version}" for name, version in ahead.versions().items() if version)
     print(planned.markdown(results, command, versions) if args.markdown else planned.text(results))
 
 

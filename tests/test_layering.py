@@ -11,7 +11,7 @@ PACKAGE = Path(ambijax.__file__).parent
 LAYERS = [
     ["errors"],
     ["signals", "console"],
-    ["hosts", "chips", "cost", "compilation"],
+    ["hosts", "chips", "cost", "compilation", "ahead"],
     ["emotions", "workdir", "digest", "kept", "watchdog", "planned"],
     ["journal", "goodput"],
     ["audio", "reasoning", "health"],

@@ -1,6 +1,7 @@
 """The plan's figures against bytes and FLOPs counted by hand, on eight simulated devices."""
 
 import dataclasses
+import functools
 import gzip
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ambijax import chips, cost, plan, planned, programs, settings
+from ambijax import ahead, chips, cost, plan, planned, programs, settings
 from ambijax.errors import ConfigError
 from ambijax.model import config as model_config
 
@@ -267,7 +268,7 @@ def test_no_program_gathers_logits_or_holds_whole_weights(tiny):
                 assert rows not in shape[1:], f"{file.name}: {opcode} {shape}"  # [.., V]; the table [V, D] may be
 
 
-def _memory(setting, program, _):
+def _memory(_, setting, program):
     """As if a roll-out took 2 GiB and 16 MiB for every thousand tokens that are written, an update half of that."""
     written = program.prompts * program.completions * setting.config.data.max_tokens // 1024
     size = {"roll-out": 2 * GIB + written * 2**24, "update": GIB + written * 2**23}.get(program.name, GIB)
@@ -276,7 +277,7 @@ def _memory(setting, program, _):
 
 def test_a_sweep_finds_the_last_doubling_that_fits_and_compiles_little(monkeypatch, tmp_path):
     compiled = []
-    monkeypatch.setattr(plan, "measure", lambda *a: compiled.append((a[1].name, a[1].prompts)) or _memory(*a))
+    monkeypatch.setattr(plan, "measure", lambda *a: compiled.append((a[2].name, a[2].prompts)) or _memory(*a))
     monkeypatch.setitem(chips.CHIPS, "cpu", chips.CHIPS["TPU v5 lite"])  # 15.75 GiB
     keys = ("mesh.data=4", "mesh.fsdp=2", "data.batch_size=8", "data.max_tokens=256", "eval.batch_size=8")
     case = plan.Case(_config("grpoz.py:tiny", *keys), "", "", 256, 96, tmp_path)
@@ -292,7 +293,7 @@ def test_a_sweep_finds_the_last_doubling_that_fits_and_compiles_little(monkeypat
 
 def test_a_sweep_of_what_does_not_fit_names_the_key(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        plan, "measure", lambda _, program, __: {**_program(temporaries=17 * GIB), "name": program.name}
+        plan, "measure", lambda _, __, program: {**_program(temporaries=17 * GIB), "name": program.name}
     )
     monkeypatch.setitem(chips.CHIPS, "cpu", chips.CHIPS["TPU v5 lite"])
     case = plan.Case(_config("sft.py:tiny"), "", "", 256, 96, tmp_path)
@@ -312,6 +313,45 @@ def test_a_mesh_that_does_not_fit_is_named_before_anything_is_compiled(keys, mes
     case = plan.Case(_config("grpoz.py:tiny", *keys), "", "", 256, 96, tmp_path)
     with pytest.raises(ConfigError, match=message):
         plan.run(case)
+
+
+ASSIGNMENT = """BufferAssignment:
+allocation 0: size 131072, page 0, output shape is |bf16[128,512]|, maybe-live-out:
+ value: <22 fusion @0> (size=131072,offset=0): bf16[128,512]{1,0:T(8,128)(2,1)}
+allocation 1: size 4096, page 0, parameter 1, shape |bf16[128,16]| at ShapeIndex {}, maybe-live-out:
+ value: <16 param.1 @0> (size=4096,offset=0): bf16[128,16]{1,0:T(8,128)(2,1)}
+allocation 2: size 2048, page 0, parameter 0, shape |bf16[64,16]| at ShapeIndex {}:
+ value: <18 param @0> (size=2048,offset=0): bf16[64,16]{1,0:T(8,128)(2,1)}
+allocation 3: size 512, page 0, preallocated-temp:
+ value: <19 copy-start{} @0> (size=512,offset=0): (bf16[128,512]{1,0}, bf16[128,512]{1,0}, u32[]{:S(2)})
+allocation 4: size 655360, color 1, page 0, preallocated-temp:
+ value: <17 all-gather.6 @1> (size=524288,offset=131072): bf16[512,512]{1,0:T(8,128)(2,1)S(1)}
+"""
+
+
+def test_memory_is_what_lies_in_main_memory_beside_the_arguments():
+    # Parameter 1 is given back in place; colour 1 is the chip's own small memory.
+    assert ahead.memory(ASSIGNMENT) == {"temporaries": 512, "results": 131072}
+
+
+def _matrices(topology: str, size: int) -> jax.stages.Lowered:
+    chips = np.array(ahead.devices(topology))
+    where = NamedSharding(Mesh(chips, ("x",), axis_types=(AxisType.Auto,)), PartitionSpec("x"))
+    x = jax.ShapeDtypeStruct((size, size), jnp.bfloat16, sharding=where)
+    return jax.jit(lambda a, b: jnp.tanh(a @ b) @ b.T).trace(x, x).lower(lowering_platforms=("tpu",))
+
+
+@pytest.mark.slow
+def test_a_topologys_program_is_compiled_up_to_machine_code():
+    pytest.importorskip("libtpu")
+    memory, text = ahead.compiled(functools.partial(_matrices, "v5e:2x2", 4096), here=False)
+    assert memory["results"] == 4096 * 4096 * 2 // 4
+    whole = ahead.compiled(functools.partial(_matrices, "v5e:2x2", 4096), here=True)
+    assert memory["temporaries"] <= whole[0]["temporaries"] < memory["temporaries"] + 2**24, "but for machine code"
+    assert cost.Compiled(text).collectives() == cost.Compiled(whole[1]).collectives()
+    assert cost.Compiled(text).traffic() == cost.Compiled(whole[1]).traffic()
+    memory, text = ahead.compiled(functools.partial(_matrices, "v5e:2x2", 2**17), here=False)
+    assert (text, memory["needs"] > 16 * GIB) == ("", True)
 
 
 @pytest.mark.slow

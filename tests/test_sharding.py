@@ -12,6 +12,7 @@ from tests import small
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2)]
 OTHERS = [(4, 2, 1), (2, 4, 1), (1, 4, 2), (2, 1, 4)]  # every other way to split eight with four key-value heads
+UNEVEN = [(3, 1, 1), (3, 2, 1), (3, 1, 2), (6, 1, 1), (1, 2, 2), (1, 1, 4)]  # of three, four and six devices
 B, G, T = 8, 3, 6
 
 
@@ -20,15 +21,15 @@ def _mesh(shape: tuple[int, int, int]) -> Mesh:
     return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _run(shape: tuple[int, int, int]) -> dict:
+def _run(shape: tuple[int, int, int], b: int = B) -> dict:
     """Loss, adapter gradients and roll-outs of the small model on one mesh, as numpy."""
     model = small.model()
     mesh = _mesh(shape)
     variables = small.variables(model)
     variables = jax.device_put(variables, sharding.shardings(variables, mesh))
     with jax.set_mesh(mesh):
-        prompt = sharding.place(small.prompts(B), mesh)
-        given = sharding.place(small.completions(B, G, T), mesh)
+        prompt = sharding.place(small.prompts(b), mesh)
+        given = sharding.place(small.completions(b, G, T), mesh)
 
         def loss(lora: dict) -> jax.Array:
             both = {"params": variables["params"], "lora": lora}
@@ -62,7 +63,17 @@ def one_device():
 
 @pytest.mark.parametrize("shape", [*MESHES, *(pytest.param(shape, marks=pytest.mark.slow) for shape in OTHERS)])
 def test_meshes_agree_with_one_device(shape, one_device):
-    found = _run(shape)
+    _assert_agree(_run(shape), one_device)
+
+
+@pytest.mark.slow
+def test_meshes_of_three_four_and_six_devices_agree_with_one_device():
+    one = _run((1, 1, 1), b=12)
+    for shape in UNEVEN:
+        _assert_agree(_run(shape, b=12), one)
+
+
+def _assert_agree(found: dict, one_device: dict) -> None:
     np.testing.assert_allclose(found["loss"], one_device["loss"], rtol=1e-5)
     largest = max(np.abs(g).max() for g in jax.tree.leaves(one_device["gradients"]))
     for a, b in zip(*map(jax.tree.leaves, (found["gradients"], one_device["gradients"])), strict=True):
