@@ -216,6 +216,19 @@ def test_a_text_file_gets_one_clear_message(page, clip):
     assert not page.locator("#problem").is_visible()
 
 
+def test_a_demo_that_has_ended_is_said(page, clip):
+    page.route("**/examples/0", lambda route: route.abort())
+    page.route("**/predict*", lambda route: route.abort())
+    for act in (
+        lambda: page.click("#examples button:nth-child(1)"),
+        lambda: page.set_input_files("#file", clip),
+    ):
+        act()
+        page.wait_for_selector("#problem:visible")
+        assert page.locator("#problem").inner_text() == "The demo does not answer; is it still running?"
+        page.evaluate("problem('')")
+
+
 def test_a_recording_is_heard(page):
     page.click("#record")
     page.wait_for_selector("#record:has-text('Stop')")

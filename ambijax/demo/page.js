@@ -29,7 +29,8 @@ async function start() {
     });
     button.append(strip);
     button.onclick = async () => {
-      const blob = await (await fetch(`examples/${i}`)).blob();
+      const blob = await fetch(`examples/${i}`).then((answer) => answer.blob()).catch(gone);
+      if (!blob) return;
       $("transcript").value = example.transcript;
       await choose(blob, `example ${i + 1}`, example.votes);
       button.classList.add("chosen");
@@ -44,6 +45,9 @@ function problem(text) {
   $("problem").textContent = text;
   $("problem").hidden = !text;
 }
+
+const GONE = "The demo does not answer; is it still running?";
+const gone = () => problem(GONE);
 
 function quiet() {
   $("reasoning").replaceChildren(element("p", "Choose a clip: what the model hears and concludes appears here as it is written.", "empty"));
@@ -138,7 +142,8 @@ async function record() {
     recorder = null;
     $("record").classList.remove("on");
     label.textContent = "Record";
-    const sound = await samples(new Blob(parts));
+    const sound = await samples(new Blob(parts)).catch(() => null);
+    if (!sound?.length) return problem("Nothing was recorded; hold on a little longer.");
     await choose(wav(sound.subarray(0, about.limits.seconds * RATE)), "recording");
     listen();
   };
@@ -194,12 +199,12 @@ async function listen() {
         if (line.done) return picture(last, false);
         picture((last = line), true);
       }
-      if (done) throw new Error("the connection broke off; is the demo still running?");
+      if (done) throw new TypeError("the answer broke off");
     }
   } catch (error) {
     if (mine !== run) return;
     clear();
-    problem(error.message);
+    problem(error instanceof TypeError ? GONE : error.message);  // fetch and streams name every loss of connection so
   }
 }
 
@@ -224,4 +229,4 @@ $("play").onclick = () => {
 };
 $("record").onclick = record;
 $("listen").onclick = listen;
-start();
+start().catch(gone);
