@@ -15,7 +15,7 @@ from ambijax.agent import Setting
 from ambijax.corpora import synthetic
 from ambijax.errors import ConfigError, DataError
 from ambijax.model import config as model_config
-from ambijax.model import qwen2_audio
+from ambijax.model import kernels, qwen2_audio
 
 
 def setting(config: FrozenConfigDict) -> Setting:
@@ -51,6 +51,9 @@ def mesh(config: FrozenConfigDict, shape: model_config.Qwen2AudioConfig, devices
     )
     if wrong:
         raise ConfigError("mesh: " + "; ".join(wrong))
+    here, needed = made.devices.flat[0].platform, kernels.PLATFORMS.get(config.model.attention)
+    if needed not in (None, here):
+        raise ConfigError(f"model.attention={config.model.attention!r} runs on a {needed}, not on a {here}; use 'xla'")
     return made
 
 
@@ -61,6 +64,8 @@ def model(config: FrozenConfigDict, shape: model_config.Qwen2AudioConfig) -> qwe
         lora=model_config.LoraConfig(**config.lora),
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
+        weights=config.model.weights,
+        attention=config.model.attention,
     )
 
 

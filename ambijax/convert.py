@@ -37,7 +37,7 @@ from safetensors.numpy import save_file
 from ambijax import errors, hugging_face
 from ambijax.errors import ConfigError
 from ambijax.hugging_face import DTYPES, EMBEDDING, HEAD, Parameter, Tensor, some
-from ambijax.model import qwen2_audio
+from ambijax.model import layers, qwen2_audio
 
 FORMAT = 2  # of native.json; raised when an older program could not read what this one writes
 
@@ -63,8 +63,8 @@ def load(
 
     Args:
       directory: a Hugging Face directory (model.safetensors, or shards with an index), or a native one.
-      model: fixes which parameters there are, and their shapes.
-      dtype: what the parameters shall be; the file's values are cast.
+      model: fixes which parameters there are, their shapes, and which of them are quantised.
+      dtype: what the parameters shall be; the file's values are cast, then quantised.
       sharding: our parameter path, 'language_model/layers/q_proj/kernel', to where it lies; None is the first device.
 
     Returns:
@@ -77,6 +77,7 @@ def load(
     wanted = hugging_face.parameters(model)
     read = reader(directory, wanted, np.dtype(dtype))
     where = sharding or (lambda path: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    stored = flax.traverse_util.flatten_dict(qwen2_audio.shapes(model)["params"], sep="/")
     params = {}
     for parameter in tqdm.tqdm(wanted, "weights", disable=None, leave=False):
         held = {}  # devices that hold the same shard share one copy
@@ -88,7 +89,13 @@ def load(
             return held[key]
 
         array = jax.make_array_from_callback(parameter.shape, where(parameter.path), shard)
-        params[parameter.path] = array.block_until_ready()  # the host's copy is gone before the next one is read
+        array.block_until_ready()  # the host's copy is gone before the next one is read
+        if stored[parameter.path].dtype == jnp.int8:
+            scale = parameter.path.removesuffix("kernel") + "scale"
+            made = jax.jit(layers.quantize, out_shardings=(where(parameter.path), where(scale)))(array)
+            params[parameter.path], params[scale] = jax.block_until_ready(made)
+        else:
+            params[parameter.path] = array
     return flax.traverse_util.unflatten_dict(params, sep="/")
 
 

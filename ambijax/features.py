@@ -20,7 +20,7 @@ from ambijax import audio, hosts, kept, sharding
 from ambijax.data import Sound
 from ambijax.errors import DataError
 from ambijax.manifest import Corpus, Utterance
-from ambijax.model import encoder, layers, qwen2_audio
+from ambijax.model import encoder, kernels, layers, qwen2_audio
 from ambijax.model.qwen2_audio import Qwen2Audio
 
 CLIPS = 16  # clips encoded at once
@@ -163,10 +163,11 @@ def _outputs(
 def _origin(model: Qwen2Audio, params: dict, mesh: Mesh) -> str:
     """The digest of all that a tower output depends on to the last bit, the clip and its window aside: weights, shape,
     precision, code, libraries and devices."""
-    modules = (audio, layers, encoder, qwen2_audio, sys.modules[__name__])
+    modules = (audio, kernels, layers, encoder, qwen2_audio, sys.modules[__name__])
     about = {
         "format": kept.FORMAT,
         "config": repr(model.config),
+        "attention": model.attention,
         "dtype": str(np.dtype(model.dtype)),
         "mesh": dict(mesh.shape),
         "devices": mesh.devices.flat[0].device_kind,

@@ -140,8 +140,8 @@ def old_name(key: str) -> str:
 
 
 def parameters(model: qwen2_audio.Qwen2Audio) -> list[Parameter]:
-    """The model's base parameters in table order; nothing is allocated."""
-    shapes = flax.traverse_util.flatten_dict(qwen2_audio.shapes(model)["params"], sep="/")
+    """The model's base parameters in table order, as files have them: not quantised. Nothing is allocated."""
+    shapes = flax.traverse_util.flatten_dict(qwen2_audio.shapes(model.clone(weights="float"))["params"], sep="/")
     found = [Parameter(row, shapes.pop(row.path).shape) for row in TABLE if row.path in shapes]
     assert not shapes, f"parameters without a row in hugging_face.TABLE: {sorted(shapes)}"
     return found

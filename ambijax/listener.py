@@ -213,6 +213,7 @@ def load(
         config.model.checkpoint = str(checkpoint or config.model.checkpoint)
         config.data.labels = tuple(labels or config.data.labels)
         config.data.batch_size = _NO_BATCH
+        config.model.attention = "xla"  # on whatever device this is
     setting = assemble.setting(FrozenConfigDict(config))
     with jax.set_mesh(setting.mesh):
         variables = {"params": assemble.base(setting)}
@@ -270,7 +271,13 @@ def _config(checkpoint: Path, told: dict, lora: LoraConfig = _NO_LORA, init_from
     """The settings that prediction needs, for a model that is not a run."""
     return FrozenConfigDict(
         {
-            "model": {"checkpoint": str(checkpoint), "dtype": told["dtype"], "remat": "nothing_saveable"},
+            "model": {
+                "checkpoint": str(checkpoint),
+                "dtype": told["dtype"],
+                "weights": "float",
+                "attention": "xla",
+                "remat": "nothing_saveable",
+            },
             "lora": dataclasses.asdict(lora),
             "seed": 0,
             "init_from": str(init_from),

@@ -36,9 +36,11 @@ class Program:
 
 @functools.lru_cache(maxsize=4)
 def variables(setting: Setting) -> dict:
-    """{'params', 'lora'} as a run holds them: base weights in model.dtype, adapters in float32, each in its shards."""
+    """{'params', 'lora'} as a run holds them: base weights in model.dtype or int8, adapters in float32, in shards."""
     shapes = dict(qwen2_audio.shapes(setting.model))
-    shapes["params"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, setting.model.dtype), shapes["params"])
+    dtype = setting.model.dtype
+    stored = lambda x: jax.ShapeDtypeStruct(x.shape, dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)  # noqa: E731
+    shapes["params"] = jax.tree.map(stored, shapes["params"])
     return _in_shards(shapes, setting.mesh)
 
 

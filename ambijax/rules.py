@@ -70,6 +70,8 @@ RULES = {
     "init_from": Rule(lambda v: v == "" or _is_name(v), "a run directory, or empty"),
     "model.checkpoint": _PATH,
     "model.dtype": _one_of("float32", "bfloat16"),
+    "model.weights": _one_of("float", "int8"),
+    "model.attention": _one_of("xla", "cudnn", "splash"),
     "model.remat": _one_of(  # of jax.checkpoint_policies those that take no names
         *("everything_saveable", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"),
     ),
@@ -244,6 +246,17 @@ def _contradictions(c: dict) -> list[str]:
         ("algorithm", "optim.train", "grpo.beta_kl"),
         lambda algorithm, train, beta: algorithm not in ("grpo", "grpoz") or beta == 0 or not _trains_base(train),
         on_base + ", or set grpo.beta_kl=0",
+    )
+    need(
+        ("model.weights", "optim.train"),
+        lambda weights, train: weights == "float" or not _trains_base(train),
+        "optim.train reaches base weights, which model.weights={model_weights!r} rounds: train lora only, or set "
+        "model.weights='float'",
+    )
+    need(
+        ("model.attention", "model.dtype"),
+        lambda attention, dtype: attention != "cudnn" or dtype == "bfloat16",
+        "model.attention='cudnn' computes in bfloat16, and model.dtype={model_dtype!r}",
     )
     return wrong
 

@@ -28,7 +28,7 @@ RULES = {
     "vocab": "tensor",
 }
 
-# Module -> logical axes of its matrix [in, out]. Biases follow the out axis, an adapter's A the in and B the out axis.
+# Module -> logical axes of its matrix [in, out]. Biases and scales follow the out axis, an adapter's A in and B out.
 MATRICES = {
     "q_proj": ("embed", "heads"),
     "k_proj": ("embed", "heads"),
@@ -96,7 +96,7 @@ def parameter(path: str) -> PartitionSpec:
     if name not in MATRICES:
         return PartitionSpec()  # norms, convolutions, positions: small, on every device
     rows, columns = MATRICES[name]
-    axes = {"bias": (columns,), "a": (rows, None), "b": (None, columns)}.get(leaf, (rows, columns))
+    axes = {"bias": (columns,), "scale": (columns,), "a": (rows, None), "b": (None, columns)}.get(leaf, (rows, columns))
     return partition(*stacked, *axes)
 
 

@@ -23,6 +23,7 @@ LAYERS = [
     ["corpora.talker", "corpora.release"],
     ["corpora.cremad", "corpora.iemocap", "corpora.own", "corpora.synthetic"],
     ["rules", "model.config"],
+    ["model.kernels"],
     ["model.layers"],
     ["model.encoder", "model.decoder"],
     ["model.qwen2_audio"],

@@ -49,11 +49,13 @@ class DecoderLayer(nn.Module):
 
     config: TextConfig
     lora: LoraConfig | None
+    weights: str  # of the frozen matrices: float, or int8 with a scale for each output channel
+    attention: str  # of the prompt: xla, or a kernel's name
 
     @nn.compact
     def __call__(self, x: jax.Array, past_kv: tuple, past: tuple[Past, ...], positions: jax.Array, mask: jax.Array):
         c = self.config
-        dense = functools.partial(Dense, lora=self.lora)
+        dense = functools.partial(Dense, lora=self.lora, int8=self.weights == "int8")
 
         y = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
         q = dense(c.num_attention_heads * c.head_dim, True, name="q_proj")(y)
@@ -63,7 +65,7 @@ class DecoderLayer(nn.Module):
         q, k = rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta)
         k, v = (jnp.einsum("bgtkd->bkgtd", z) for z in (k, v))
         segments = [p.segment(*kv) for p, kv in zip(past, past_kv, strict=True)]
-        y = attention(q, [*segments, Segment(k, v, mask)])
+        y = attention(q, [*segments, Segment(k, v, mask, causal=True)], self.attention)
         x += dense(c.hidden_size, False, name="o_proj")(y.reshape(*y.shape[:-2], -1))
 
         y = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
@@ -78,6 +80,8 @@ class Decoder(nn.Module):
 
     config: TextConfig
     lora: LoraConfig | None
+    weights: str
+    attention: str
     remat: str  # name of a jax.checkpoint policy: what a layer keeps for its backward pass
 
     def setup(self):
@@ -90,7 +94,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_hidden_layers,
-        )(c, self.lora)
+        )(c, self.lora, self.weights, self.attention)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = self.param("lm_head", nn.initializers.normal(0.02), (c.hidden_size, c.vocab_size))
@@ -126,7 +130,7 @@ class Decoder(nn.Module):
         A scan over stacked arrays would copy every layer's weights and caches out of the stack at each token. Here each
         layer's are arrays of their own: `layers` are its variables, `past` is unstacked, and so is what is returned.
         """
-        layer = DecoderLayer(self.config, self.lora, parent=None)
+        layer = DecoderLayer(self.config, self.lora, self.weights, self.attention, parent=None)
         x, causal, new = sharding.constrain_batch(x), _causal(mask), []
         for i, variables in enumerate(layers):
             x, kv = layer.apply(variables, x, tuple((p.k[i], p.v[i]) for p in past), past, positions, causal)

@@ -19,6 +19,7 @@ class EncoderLayer(nn.Module):
 
     config: AudioConfig
     lora: LoraConfig | None
+    attention: str  # xla, or a kernel's name
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
@@ -31,7 +32,7 @@ class EncoderLayer(nn.Module):
         v = Dense(c.d_model, True, self.lora, name="v_proj")(y)
         q, k, v = (z.reshape(*z.shape[:-1], *heads) for z in (q, k, v))
         k, v = (jnp.einsum("bshd->bhsd", z) for z in (k, v))
-        y = attention(q[:, None], [Segment(k, v, mask[:, None, None])])[:, 0]
+        y = attention(q[:, None], [Segment(k, v, mask[:, None, None])], self.attention)[:, 0]
         x += Dense(c.d_model, True, self.lora, name="out_proj")(y.reshape(x.shape))
 
         y = nn.LayerNorm(epsilon=1e-5, dtype=x.dtype, name="final_layer_norm")(x)
@@ -45,6 +46,7 @@ class AudioTower(nn.Module):
 
     config: AudioConfig
     lora: LoraConfig | None
+    attention: str  # xla, or a kernel's name
 
     @nn.compact
     def __call__(self, mel: jax.Array, frames: jax.Array) -> jax.Array:
@@ -63,7 +65,7 @@ class AudioTower(nn.Module):
             in_axes=nn.broadcast,
             length=c.encoder_layers,
         )
-        x, _ = layers(c, self.lora, name="layers")(x, mask)
+        x, _ = layers(c, self.lora, self.attention, name="layers")(x, mask)
 
         x = nn.avg_pool(x, (2,), strides=(2,))  # the reference pools first, then normalises
         return nn.LayerNorm(epsilon=1e-5, dtype=x.dtype, name="layer_norm")(x)

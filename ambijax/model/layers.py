@@ -4,13 +4,14 @@ B batch   G sequences that share one prompt   T new tokens   S keys of a segment
 H query heads   K key-value heads   R = H / K   D head width
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ambijax.model import kernels
 from ambijax.model.config import LoraConfig
 
 ACTIVATIONS = {
@@ -28,16 +29,27 @@ class Dense(nn.Module):
 
     Base weights live in 'params', adapters in 'lora'. Applying the model without 'lora' is the base model, which is
     how the reference policy is computed: same weights, no copy, no flag.
+
+    With `int8` the kernel is int8 and 'scale' has a number for each output channel (`quantize`): W = Q s, and since s
+    leaves the sum over inputs, x W = (x Q) s exactly. Nothing but x gets a gradient through them.
     """
 
     features: int
     use_bias: bool
     lora: LoraConfig | None = None
+    int8: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
-        y = x @ kernel.astype(x.dtype)
+        shape = (x.shape[-1], self.features)
+        if self.int8:
+            kernel = self.param("kernel", nn.initializers.zeros_init(), shape, jnp.int8)
+            y = (x @ kernel.astype(x.dtype)) * self.param("scale", nn.initializers.ones_init(), shape[1:]).astype(
+                x.dtype
+            )
+        else:
+            kernel = self.param("kernel", nn.initializers.normal(0.02), shape)
+            y = x @ kernel.astype(x.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
             y += bias.astype(x.dtype)
@@ -72,6 +84,17 @@ class Dropout(nn.Module):
         # Behind a barrier the draw is an array. Without one, XLA for TPUs puts the generator's twenty rounds into every
         # product that reads x, and a 7B update takes many times as long to compile (docs/log.md).
         return jnp.where(jax.lax.optimization_barrier(keep), x / (1 - self.rate), 0)
+
+
+def quantize(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """W [..., in, out] to Q, int8, and s [..., out] in W's dtype, W ~ Q s: an output channel's largest weight is +-127.
+
+    Q is taken against s as it is stored, so that rounding s to bfloat16 costs nothing.
+    """
+    largest = jnp.max(jnp.abs(kernel), axis=-2).astype(jnp.float32)
+    scale = (jnp.where(largest > 0, largest, 1.0) / 127).astype(kernel.dtype)
+    steps = jnp.round(kernel.astype(jnp.float32) / scale[..., None, :].astype(jnp.float32))
+    return jnp.clip(steps, -127, 127).astype(jnp.int8), scale
 
 
 @jax.custom_vjp
@@ -135,14 +158,16 @@ class Segment(NamedTuple):
     k, v: [B, K, S, D] when the G sequences share them (the prompt), [B, K, G, S, D] when each has its own. Heads come
       first, as the products want them: a cache is never turned around.
     mask: True where a query may look, broadcastable to [B, G, T, S].
+    causal: these are the queries' own tokens, and none looks ahead; the mask says so, too.
     """
 
     k: jax.Array
     v: jax.Array
     mask: jax.Array
+    causal: bool = False
 
 
-def attention(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
+def attention(q: jax.Array, segments: Sequence[Segment], implementation: str = "xla") -> jax.Array:
     """Softmax attention over the concatenation of several key segments, without concatenating the keys.
 
     This is what lets a group compute its prompt once: the prompt's keys are one segment that all G sequences read,
@@ -151,11 +176,14 @@ def attention(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
     Args:
       q: [B, G, T, H, D], already rotated.
       segments: at least one.
+      implementation: 'xla', or the fused kernel that sequences attend to themselves by (kernels.py).
 
     Returns:
       [B, G, T, H, D] in q's dtype; scores and softmax are float32.
     """
     b, g, t, h, d = q.shape
+    if implementation != "xla" and len(segments) == 1:
+        return _fused(q, segments[0], kernels.KERNELS[implementation])
     kv_heads = segments[0].k.shape[1]
     # Batch axes first, and the rows that share keys side by side: one large product for a shared segment.
     q = jnp.einsum("bgtkrd->bkgrtd", q.reshape(b, g, t, kv_heads, h // kv_heads, d) * d**-0.5)
@@ -172,3 +200,11 @@ def attention(q: jax.Array, segments: Sequence[Segment]) -> jax.Array:
         out += jnp.einsum(f"bkgrts,bk{own}sd->bkgrtd", w, s.v)
         start += score.shape[-1]
     return jnp.einsum("bkgrtd->bgtkrd", out).reshape(b, g, t, h, d)
+
+
+def _fused(q: jax.Array, own: Segment, kernel: Callable) -> jax.Array:
+    """`attention` to one segment of the sequences themselves, T = S."""
+    b, g, t, h, d = q.shape
+    k, v = (jnp.einsum("bkgsd->bgskd", z.reshape(b, -1, g, t, d)).reshape(b * g, t, -1, d) for z in (own.k, own.v))
+    mask = jnp.broadcast_to(own.mask, (b, g, t, t)).reshape(b * g, t, t)
+    return kernel(q.reshape(b * g, t, h, d), k, v, mask, own.causal).reshape(q.shape)

@@ -23,12 +23,16 @@ class Qwen2Audio(nn.Module):
     lora: LoraConfig | None
     dtype: jnp.dtype  # of activations; norms, rope, softmax and logits are float32 whatever it is
     remat: str
+    weights: str = "float"  # or int8: how the decoder layers' matrices are stored
+    attention: str = "xla"  # or cudnn, splash: the kernel of the tower and the prompt
 
     def setup(self):
         c = self.config
-        self.audio_tower = AudioTower(c.audio, self.lora if self.lora and self.lora.audio_tower else None)
+        self.audio_tower = AudioTower(
+            c.audio, self.lora if self.lora and self.lora.audio_tower else None, self.attention
+        )
         self.multi_modal_projector = Dense(c.text.hidden_size, True)
-        self.language_model = Decoder(c.text, self.lora, self.remat)
+        self.language_model = Decoder(c.text, self.lora, self.weights, self.attention, self.remat)
 
     def encode(self, mel: jax.Array, frames: jax.Array) -> jax.Array:
         """mel [B, M, F] with `frames` [B] valid frames to audio embeddings [B, A, hidden], A = M / 4."""
