@@ -107,18 +107,31 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _clips(names: Sequence[str], columns: tuple[str, str], transcripts: Sequence[str] | None) -> list[listing.Clip]:
+    """What is to be heard; a mistake in all of it is said before a model is read."""
+    clips = list(listing.clips(names, columns))
+    if not clips:
+        raise DataError("no clip is named: the list is empty")
+    if not any(clip.path.exists() for clip in clips):
+        others = f", nor is any of the other {len(clips) - 1}" if len(clips) > 1 else ""
+        raise DataError(f"{clips[0].path}: no such file{others}")
+    if transcripts and len(transcripts) != len(clips):
+        raise ConfigError(f"{len(transcripts)} transcripts for {len(clips)} clips; give one each, or none")
+    if transcripts:
+        return [clip._replace(transcript=said) for clip, said in zip(clips, transcripts, strict=True)]
+    return clips
+
+
 def main() -> None:
     args = _arguments()
     if args.out and (args.out.suffix not in (".csv", ".jsonl") or args.out.exists()):
         raise ConfigError(f"--out {args.out} must be a .csv or .jsonl file that does not exist yet")
+    if args.out and not args.out.parent.is_dir():
+        raise ConfigError(f"--out {args.out}: there is no directory {args.out.parent}")
     columns = args.columns.split(",")
     if len(columns) != 2 or args.samples < 1 or (args.batch_size or 1) < 1 or args.temperature <= 0:
         raise ConfigError("--columns names two; --samples, --batch_size and --temperature are positive")
-    clips = list(listing.clips(args.clips, tuple(columns)))
-    if args.transcript and len(args.transcript) != len(clips):
-        raise ConfigError(f"{len(args.transcript)} transcripts for {len(clips)} clips; give one each, or none")
-    if args.transcript:
-        clips = [clip._replace(transcript=said) for clip, said in zip(clips, args.transcript, strict=True)]
+    clips = _clips(args.clips, tuple(columns), args.transcript)
     labels = args.labels.split(",") if args.labels else None
     model = listener.load(args.model, base=args.base, labels=labels, checkpoint=args.checkpoint)
     options = {key: getattr(args, key) for key in ("batch_size", "samples", "temperature", "seed")}

@@ -294,12 +294,14 @@ def test_push_to_a_hub(run, tmp_path):
         assert (tmp_path / "again/SHA256SUMS").is_file()
         assert hub_server.TOKEN not in said + done.stdout + done.stderr
 
-        asked = len(hub.requests)
-        done = push(run, tmp_path / "third", address)
-        assert done.returncode == 2
-        assert done.stderr == "ambijax: --push needs a token with write access in the environment variable HF_TOKEN\n"
-        assert not (tmp_path / "third").exists()
-        assert len(hub.requests) == asked
+
+def test_without_a_token_nothing_is_written(run, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    arguments = ["--run", run, "--format", "peft", "--out", tmp_path / "out", "--push", "me/x"]
+    monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
+    with pytest.raises(ConfigError, match=r"--push needs a token .* environment variable HF_TOKEN"):
+        export.main()
+    assert not (tmp_path / "out").exists()
 
 
 KILLED = """

@@ -218,14 +218,21 @@ def test_transcripts_from_a_table(model, run, clips, tmp_path, monkeypatch, caps
 
 def test_mistakes_get_one_line(run, clips, tmp_path, monkeypatch, capsys):
     (tmp_path / "there.csv").touch()
+    (tmp_path / "sub").mkdir()
     for arguments, message in (
         (["--model", run, clips[0], "--out", tmp_path / "there.csv"], "that does not exist yet"),
         (["--model", run, clips[0], "--out", tmp_path / "x.txt"], "must be a .csv or .jsonl file"),
         (["--model", run, clips[0], "--transcript", "a", "--transcript", "b"], "2 transcripts for 1 clips"),
         (["--model", run, clips[0], "--samples", "0"], "are positive"),
+        (["--model", run, clips[0], "--out", tmp_path / "no/x.csv"], "there is no directory"),
         (["--model", tmp_path, clips[0]], "no run directory, export or checkpoint"),
+        (["--model", run, "-"], "the list is empty"),
+        (["--model", run, "no.wav"], "no.wav: no such file"),
+        (["--model", run, "no.wav", "neither.wav"], "no.wav: no such file, nor is any of the other 1"),
+        (["--model", run, tmp_path / "sub"], "no sound file there"),
     ):
-        assert command(monkeypatch, *arguments) == 2
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+        assert command(monkeypatch, *arguments) in (2, 3)
         said = capsys.readouterr().err
         assert message in said
         assert len(said.strip().splitlines()) == 1
