@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Callable
 
+_SHOWN = 300  # characters of somebody else's message
+
 
 class AmbijaxError(Exception):
     """An error whose message is for the user: what, where, and what to do."""
@@ -51,6 +53,15 @@ def run(main: Callable[[], None]) -> None:
             raise
         print("ambijax:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(error.exit_code)
+    except (MemoryError, RuntimeError) as error:  # jax's own is a RuntimeError
+        if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        if os.environ.get("AMBIJAX_TRACEBACK") == "1":
+            raise
+        needed = (str(error).strip() or "MemoryError").splitlines()[0][:_SHOWN]
+        advice = "python -m ambijax.plan says what takes how much, and which setting makes it smaller"
+        print(f"ambijax: out of memory: {needed}; {advice}", file=sys.stderr)
+        sys.exit(ConfigError.exit_code)
     except OSError as error:  # a full disk, a file that vanished
         if os.environ.get("AMBIJAX_TRACEBACK") == "1":
             raise

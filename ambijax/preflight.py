@@ -32,7 +32,7 @@ def check(config: FrozenConfigDict, directory: Path, *, write: bool) -> Setting:
     steps = (
         lambda: found.append(assemble.setting(config)),
         lambda: convert.check(config.model.checkpoint),
-        lambda: _check_corpus(config, write),
+        lambda: check_corpus(config, write),
         lambda: _check_disk(found[0], directory) if found else None,
     )
     wrong = [error for step in steps if (error := _error(step))]
@@ -50,10 +50,21 @@ def _error(step: Callable[[], None]) -> AmbijaxError | None:
     return None
 
 
-def _check_corpus(config: FrozenConfigDict, write: bool) -> None:
+def check_corpus(config: FrozenConfigDict, write: bool) -> None:
+    """The configured corpus, its splits and that its sounds are there; one that is to be written only with `write`.
+
+    Raises:
+      ConfigError, DataError: it is not there, broken, too small, or some of its sounds are not there.
+    """
     if write or not is_to_be_written(config):
         corpus = assemble.corpus(config)
-        assemble.splits(config, corpus)
+        parts = assemble.splits(config, corpus)
+        needed = {"train": config.steps > 0, "dev": config.eval.every > 0, "test": True}
+        if empty := [name for name, wanted in needed.items() if wanted and not parts[name]]:
+            raise DataError(
+                f"{corpus.root}: no utterance is left for {' and '.join(empty)} with data.fold={config.data.fold} and "
+                f"data.dev={config.data.dev}; the corpus needs three folds, or two with data.dev=groups"
+            )
         manifest.check_sounds(corpus)
 
 

@@ -257,6 +257,7 @@ def test_memory_does_not_grow(tmp_path, corpus, record_property):
     """F47: host memory grows by less than 50 MB over 500 steps."""
     workdir = tmp_path / "run"
     many = ["--config.steps=600", "--config.data.batch_size=1", "--config.checkpoint.every=50", "--config.log_every=1"]
+    many += ["--config.optim.accumulate=1", "--config.eval.every=100"]
     process = command.start(*train(workdir, corpus, "sft", *SHORT, *many), stdout=subprocess.DEVNULL)
     resident = {}
     for step in (100, 600):

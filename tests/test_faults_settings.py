@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from ambijax import doctor, preflight, rules, settings
-from ambijax.errors import ConfigError
+from ambijax import doctor, errors, preflight, rules, settings
+from ambijax.errors import ConfigError, DataError
 from tests.command import ROOT, SMALL, needs_tiny, run
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("base", "curate", "tables"))
@@ -108,6 +110,27 @@ def test_what_cannot_be_read_is_listed_with_what_can_and_is_wrong():
     message = said("--config.steps=many", "--config.optim.lerning_rate=1", "--config.seed=-1", "--config.log_every=x")
     for part in ("config.steps=many", 'Did you mean "learning_rate"', "seed=-1 must be", "config.log_every=x"):
         assert part in message
+
+
+@pytest.mark.parametrize("ask", [lambda: np.zeros(2**55), lambda: jnp.zeros(2**50, jnp.int8).block_until_ready()])
+def test_too_little_memory_is_one_line(ask, capsys):
+    with pytest.raises(SystemExit) as end:
+        errors.run(ask)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ambijax: out of memory: ")
+    with pytest.raises(RuntimeError, match="a bug"):
+        errors.run(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
+
+
+def test_a_corpus_without_enough_folds_is_named(tmp_path):
+    record = {"id": "a", "audio": "a.wav", "transcript": "", "speaker": "s", "fold": 0, "votes": {"anger": 1}}
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(record) + "\n")
+    arguments = ["train", "--config=configs/sft.py:cremad", "--workdir=w", f"--config.data.root={tmp_path}"]
+    for more, empty in (((), "train"), (("--config.eval.every=5",), "train and dev")):
+        config, _ = settings.parse([*arguments, *more])
+        with pytest.raises(DataError, match=f"no utterance is left for {empty} with data.fold=0"):
+            preflight.check_corpus(config, write=True)
 
 
 def test_contradictions_are_listed_at_once():

@@ -1,6 +1,7 @@
 """A model that listens: the same numbers in whatever form and batch, and streamed; the predict command."""
 
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -206,6 +207,14 @@ def test_one_bad_file_does_not_end_the_job(run, clips, whole, tmp_path, monkeypa
         same([predict.Prediction(**{k: v for k, v in line.items() if k != "audio"})], [expected])
         np.testing.assert_allclose([float(row[f"p.{k}"]) for k in LABELS], [*expected.distribution.values()], atol=1e-5)
         assert row["reasoning"] == expected.reasoning
+
+
+def test_a_prediction_is_printed_with_its_reasoning(whole, capsys):
+    predict._print({"audio": "a.wav", **dataclasses.asdict(whole[0])}, as_json=False)
+    said = capsys.readouterr().out
+    assert said.startswith("a.wav\n")
+    for line in (*whole[0].reasoning.splitlines(), *LABELS):
+        assert line in said
 
 
 def test_transcripts_from_a_table(model, run, clips, tmp_path, monkeypatch, capsys):
