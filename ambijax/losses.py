@@ -289,12 +289,21 @@ _sliced_log_probs.defvjp(_sliced_forward, _sliced_backward)
 def _score(
     hidden: jax.Array, kernel: jax.Array, targets: jax.Array, temperature: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One slice: log pi_y [..., t], entropy [..., t], and d log pi_y / d logits = (e_y - pi) / temperature."""
-    log_pi = jax.nn.log_softmax(_dot(hidden, kernel) / temperature)
-    pi = jnp.exp(log_pi)
+    """One slice: log pi_y [..., t], entropy [..., t], and d log pi_y / d logits = (e_y - pi) / temperature.
+
+    Written so that the logits are stored once and exp(logits) once: a shifted copy of them, as in log_softmax, costs as
+    much as a quarter of the product.
+    """
+    logits = _dot(hidden, kernel) / temperature
+    top = logits.max(axis=-1, keepdims=True)
+    exp = jnp.exp(logits - top)
+    total = exp.sum(axis=-1)
+    log_total = top[..., 0] + jnp.log(total)
+    # A sum over the vocabulary where it lies; an index into it would gather the logits of a split vocabulary.
     hit = jax.nn.one_hot(targets, kernel.shape[1], dtype=bool)
-    logp = jnp.sum(jnp.where(hit, log_pi, 0), axis=-1)
-    return logp, -jnp.sum(pi * log_pi, axis=-1), (hit - pi) / temperature
+    logp = jnp.sum(jnp.where(hit, logits, 0), axis=-1) - log_total
+    entropy = log_total - jnp.sum(exp * logits, axis=-1) / total
+    return logp, entropy, (hit - exp / total[..., None]) / temperature
 
 
 def _dot(x: jax.Array, kernel: jax.Array) -> jax.Array:

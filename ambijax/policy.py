@@ -44,10 +44,17 @@ class Prefix(NamedTuple):
 
 def prefill(model: Qwen2Audio, variables: dict, prompt: Prompt, rngs: dict) -> Prefix:
     """Computes each prompt once: from its mel frames, or from the tower's output where that is given."""
-    audio = prompt.audio
-    if audio is None:
-        audio = model.apply(variables, prompt.mel, prompt.frames, method="encode", rngs=rngs)
-    hidden, past = model.apply(variables, prompt.tokens, prompt.mask, audio, method="prefill", rngs=rngs)
+    audio = _heard(model, variables, prompt, rngs)
+    return _prefix(prompt, *model.apply(variables, prompt.tokens, prompt.mask, audio, method="prefill", rngs=rngs))
+
+
+def _heard(model: Qwen2Audio, variables: dict, prompt: Prompt, rngs: dict) -> jax.Array:
+    if prompt.audio is not None:
+        return prompt.audio
+    return model.apply(variables, prompt.mel, prompt.frames, method="encode", rngs=rngs)
+
+
+def _prefix(prompt: Prompt, hidden: jax.Array, past: Past) -> Prefix:
     final = prompt.mask.shape[1] - 1 - jnp.argmax(prompt.mask[:, ::-1], axis=1)
     last = jnp.take_along_axis(hidden, final[:, None, None], axis=1)[:, 0]
     return Prefix(last, past, prompt.mask.sum(axis=1))
@@ -80,12 +87,10 @@ def score(
       words: token ids of K class words of several tokens. Given, the read-out is each whole word's log-probability
         after the anchor, instead of one logit.
     """
-    prefix = prefill(model, variables, prompt, rngs)
     b, g, t = completions.tokens.shape
-    positions = prefix.length[:, None, None] + jnp.broadcast_to(jnp.arange(t), (b, g, t))
-    hidden, own = model.apply(
-        variables, completions.tokens, positions, completions.mask, (prefix.past,), method="extend", rngs=rngs
-    )
+    given = (prompt.tokens, prompt.mask, _heard(model, variables, prompt, rngs), completions.tokens, completions.mask)
+    read, (hidden, own) = model.apply(variables, *given, method="prefill_and_extend", rngs=rngs)
+    prefix = _prefix(prompt, *read)
     first = jnp.broadcast_to(prefix.last[:, None, None], (b, g, 1, prefix.last.shape[-1]))
     before = jnp.concatenate([first, hidden[:, :, :-1]], axis=2)
     head = model.apply(variables, method="head")
@@ -159,13 +164,18 @@ class _Writer(NamedTuple):
         """[..., D] -> float32 [..., V]."""
         return jnp.matmul(hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
-    def extend(self, new: jax.Array, written: jax.Array, own: Past) -> tuple[jax.Array, Past]:
-        """Tokens [B, G, T] that follow the first `written` [B, G] ones of `own`, to their hidden states and past."""
-        n = own.mask.shape[-1]
-        positions = (self.prefix.length[:, None] + written)[..., None] + jnp.arange(new.shape[-1])
-        past = (self.prefix.past, own.replace(mask=jnp.arange(n) < written[..., None]))
-        exist = jnp.ones(new.shape, bool)
-        return self.model.apply(self.variables, new, positions, exist, past, self.layers, method="decode")
+    def decode(self, token: jax.Array, t: jax.Array, own: Past) -> tuple[jax.Array, Past]:
+        """Token t [B, G] to the hidden state [B, G, D] that predicts the next, and `own` with it."""
+        positions = jnp.broadcast_to((self.prefix.length + t)[:, None, None], (*token.shape, 1))
+        given = (token[..., None], positions, self.prefix.past, own, t, self.layers)
+        hidden, own = self.model.apply(self.variables, *given, method="decode")
+        return hidden[:, :, 0], own
+
+    def peek(self, tokens: jax.Array, written: jax.Array, own: Past) -> jax.Array:
+        """Hidden states of tokens [B, G, T] that would follow the first `written` [B, G] of `own`."""
+        positions = (self.prefix.length[:, None] + written)[..., None] + jnp.arange(tokens.shape[-1])
+        past = (self.prefix.past, own.replace(mask=jnp.arange(own.mask.shape[-1]) < written[..., None]))
+        return self.model.apply(self.variables, tokens, positions, past, self.layers, method="peek")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "tokens", "samples", "max_tokens", "temperature"))
@@ -228,11 +238,11 @@ def _append(w: _Writer, s: _Decoding, logits: jax.Array, token: jax.Array, logp:
     token = jnp.where(s.done, w.tokens.pad, token)
     recent = jnp.concatenate([s.recent[..., 1:], token[..., None]], axis=-1)
     anchored = jnp.all(recent[..., 1:] == jnp.array(w.tokens.anchor), axis=-1) & w.ends_line[recent[..., 0]]
-    hidden, new = w.extend(token[..., None], jnp.broadcast_to(s.t, token.shape), s.own)
+    hidden, own = w.decode(token, s.t, s.own)
     return _Decoding(
         t=s.t + 1,
-        hidden=hidden[:, :, 0],
-        own=_write(s.own, new, s.t),
+        hidden=hidden,
+        own=own,
         recent=recent,
         anchor=jnp.where(anchored & (s.anchor < 0) & ~s.done, s.t, s.anchor),
         done=s.done | (token == w.tokens.end),
@@ -254,8 +264,7 @@ def _finish(w: _Writer, s: _Decoding) -> Rollout:
 
     def force(_: None) -> jax.Array:
         appended = jnp.broadcast_to(jnp.array(w.tokens.forced), (b, g, len(w.tokens.forced)))
-        hidden, _ = w.extend(appended, length, s.own)
-        forced = readout.logits(hidden[:, :, -1], w.head, class_ids)
+        forced = readout.logits(w.peek(appended, length, s.own)[:, :, -1], w.head, class_ids)
         return jnp.where(own_anchor[..., None], class_logits, forced)
 
     return Rollout(
@@ -317,12 +326,6 @@ def _first_reaching(weights: jax.Array, u: jax.Array) -> jax.Array:
     """
     running = jnp.cumsum(weights, axis=-1)
     return jnp.argmax(running >= u[..., None] * running[..., -1:], axis=-1).astype(jnp.int32)
-
-
-def _write(own: Past, new: Past, t: jax.Array) -> Past:
-    """Puts one new token's keys and values into slot t, in place under jit."""
-    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=t, axis=3)
-    return own.replace(k=tuple(map(write, own.k, new.k)), v=tuple(map(write, own.v, new.v)))
 
 
 def _start(prefix: Prefix, tokens: Tokens, b: int, g: int, n: int) -> _Decoding:

@@ -72,7 +72,8 @@ RULES = {
     "model.dtype": _one_of("float32", "bfloat16"),
     "model.weights": _one_of("float", "int8"),
     "model.attention": _one_of("xla", "cudnn", "splash"),
-    "model.remat": _one_of(  # of jax.checkpoint_policies those that take no names
+    "model.remat": _one_of(  # ours (layers.keep), or of jax.checkpoint_policies those without names
+        "products_saveable",
         *("everything_saveable", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"),
     ),
     "prompt.style": _one_of(*(style for style in reasoning.STYLES if style != "answer")),

@@ -18,7 +18,7 @@ from ambijax import convert
 from ambijax.model import config as model_config
 from ambijax.model import qwen2_audio
 from ambijax.model.decoder import DecoderLayer, Past
-from ambijax.model.layers import rope
+from ambijax.model.layers import rope, rotation
 from ambijax.model.qwen2_audio import Qwen2Audio
 
 torch = pytest.importorskip("torch")
@@ -210,13 +210,14 @@ def test_every_stage_equals_the_reference(pair):
     for i, row in enumerate(batch.tokens == AUDIO_TOKEN):
         x[i, row] = stages["multi_modal_projector"][i, : row.sum()]
     steps = np.arange(batch.tokens.shape[1])
-    mask = (steps[:, None] >= steps) & batch.mask[:, None, None, :]
-    layer = jax.jit(DecoderLayer(text, None).apply)
-    x = x[:, None]
+    mask = batch.mask[:, None]
+    blocks = ((mask, (steps[:, None] >= steps) & mask[:, :, None]),)
+    turn = rotation(jnp.array(steps), text.head_dim, text.rope_theta)
+    layer = jax.jit(DecoderLayer(text, None, "float", "xla").apply)
     for i in range(text.num_hidden_layers):
         params = jax.tree.map(lambda p, i=i: p[i], pair.params["language_model"]["layers"])
-        x, _ = layer({"params": params}, x, (), (), np.broadcast_to(steps, x.shape[:3]), mask)
-        assert_stage(x[:, 0], caught[f"layer {i}"].numpy(), batch.mask)
+        x, _ = layer({"params": params}, x, (), (), turn, blocks)
+        assert_stage(x, caught[f"layer {i}"].numpy(), batch.mask)
 
     assert_stage(ours, logits, batch.mask)
 
@@ -396,6 +397,6 @@ def test_rope_is_exact_far_out_in_bfloat16():
     expected = np.concatenate(
         [x1 * np.cos(angles) - x2 * np.sin(angles), x2 * np.cos(angles) + x1 * np.sin(angles)], axis=-1
     )
-    ours = rope(jnp.array(x), jnp.array(positions), 10000.0)
+    ours = rope(jnp.array(x), rotation(jnp.array(positions), x.shape[-1], 10000.0))
     assert ours.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(ours[:, 0], np.float64), expected, rtol=2**-8, atol=2e-3)

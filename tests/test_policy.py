@@ -9,6 +9,7 @@ import pytest
 import scipy.stats
 
 from ambijax import policy
+from ambijax.model.decoder import Block
 from tests import small
 
 N = 10  # completion length
@@ -58,13 +59,8 @@ def _plain_logits(model, variables, prompt, row, completion):
     embeddings = np.array(variables["params"]["language_model"]["embed_tokens"]["embedding"])[tokens]
     embeddings[:length][tokens[:length] == small.AUDIO] = prompt.audio[row, : (tokens[:length] == small.AUDIO).sum()]
     positions = np.arange(len(tokens))[None, None]
-    hidden, _ = model.apply(
-        variables,
-        embeddings[None, None],
-        positions,
-        np.ones_like(positions, bool),
-        method=lambda m, *arguments: m.language_model(*arguments),
-    )
+    block = Block(embeddings[None, None], positions, np.ones_like(positions, bool))
+    [(hidden, _)] = model.apply(variables, [block], method=lambda m, blocks: m.language_model(blocks))
     return np.asarray(hidden[0, 0, length - 1 :] @ model.apply(variables, method="head"), np.float64)
 
 

@@ -8,6 +8,8 @@ each other and to any number of past segments. A segment without a G axis is sha
 """
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 
 from ambijax import sharding
 from ambijax.model.config import LoraConfig, TextConfig
-from ambijax.model.layers import ACTIVATIONS, Dense, RMSNorm, Segment, attention, rope
+from ambijax.model.layers import ACTIVATIONS, Dense, RMSNorm, Segment, attention, keep, rope, rotation
 
 
 @flax.struct.dataclass
@@ -44,35 +46,76 @@ class Past:
         return Segment(k, v, self.mask[:, None, None] if self.shared else self.mask[:, :, None])
 
 
+class Block(NamedTuple):
+    """New tokens: G sequences of T that continue the same prompt."""
+
+    x: jax.Array  # embeddings [B, G, T, hidden]
+    positions: jax.Array  # [B, G, T], of each token in its own sequence
+    mask: jax.Array  # [B, G, T], True where the token exists; padding on either side is fine
+
+
 class DecoderLayer(nn.Module):
-    """One pre-norm decoder layer. Returns the new tokens' keys and values beside the hidden states."""
+    """One pre-norm decoder layer."""
 
     config: TextConfig
     lora: LoraConfig | None
     weights: str  # of the frozen matrices: float, or int8 with a scale for each output channel
     attention: str  # of the prompt: xla, or a kernel's name
 
-    @nn.compact
-    def __call__(self, x: jax.Array, past_kv: tuple, past: tuple[Past, ...], positions: jax.Array, mask: jax.Array):
+    def setup(self):
         c = self.config
         dense = functools.partial(Dense, lora=self.lora, int8=self.weights == "int8")
+        self.input_layernorm = RMSNorm(c.rms_norm_eps)
+        self.q_proj = dense(c.num_attention_heads * c.head_dim, True)
+        self.k_proj = dense(c.num_key_value_heads * c.head_dim, True)
+        self.v_proj = dense(c.num_key_value_heads * c.head_dim, True)
+        self.o_proj = dense(c.hidden_size, False)
+        self.post_attention_layernorm = RMSNorm(c.rms_norm_eps)
+        self.gate_proj = dense(c.intermediate_size, False)
+        self.up_proj = dense(c.intermediate_size, False)
+        self.down_proj = dense(c.hidden_size, False)
 
-        y = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
-        q = dense(c.num_attention_heads * c.head_dim, True, name="q_proj")(y)
-        k = dense(c.num_key_value_heads * c.head_dim, True, name="k_proj")(y)
-        v = dense(c.num_key_value_heads * c.head_dim, True, name="v_proj")(y)
-        q, k, v = (z.reshape(*z.shape[:-1], -1, c.head_dim) for z in (q, k, v))
-        q, k = rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta)
-        k, v = (jnp.einsum("bgtkd->bkgtd", z) for z in (k, v))
+    def __call__(self, x: jax.Array, past_kv: tuple, past: tuple[Past, ...], turn: tuple, masks: tuple):
+        """Several blocks at once: one product with each matrix, however many blocks there are.
+
+        Args:
+          x: [B, N, hidden], the blocks' tokens one after another, N = sum of G T.
+          past_kv: this layer's keys and values of `past`.
+          past: earlier tokens, seen by all.
+          turn: of all positions, see `rotation`.
+          masks: for each block its mask [B, G, T] and which of its tokens see which [B, G, T, T]. What is one sequence
+            to a prompt (G = 1) is seen by the blocks after it.
+
+        Returns:
+          x, and each block's keys and values [B, K, G, T, D].
+        """
+        projected = self.project(x, turn)
         segments = [p.segment(*kv) for p, kv in zip(past, past_kv, strict=True)]
-        y = attention(q, [*segments, Segment(k, v, mask, causal=True)], self.attention)
-        x += dense(c.hidden_size, False, name="o_proj")(y.reshape(*y.shape[:-2], -1))
+        attended, new, start = [], [], 0
+        for mask, causal in masks:
+            b, g, t = mask.shape
+            q, k, v = (z[:, start : start + g * t].reshape(b, g, t, *z.shape[2:]) for z in projected)
+            k, v = _heads_first(k), _heads_first(v)
+            y = attention(q, [*segments, Segment(k, v, causal, causal=True)], self.attention)
+            attended.append(y.reshape(b, g * t, -1))
+            if g == 1:
+                segments.append(Segment(k[:, :, 0], v[:, :, 0], mask[:, :, None]))
+            new.append((k, v))
+            start += g * t
+        return self.close(x, jnp.concatenate(attended, axis=1)), tuple(new)
 
-        y = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
-        gate = dense(c.intermediate_size, False, name="gate_proj")(y)
-        up = dense(c.intermediate_size, False, name="up_proj")(y)
-        x += dense(c.hidden_size, False, name="down_proj")(ACTIVATIONS[c.hidden_act](gate) * up)
-        return x, (k, v)
+    def project(self, x: jax.Array, turn: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[..., hidden] to rotated queries and keys, and values, [..., heads, D] each."""
+        y = self.input_layernorm(x)
+        q, k, v = self.q_proj(y), self.k_proj(y), self.v_proj(y)
+        q, k, v = (z.reshape(*z.shape[:-1], -1, self.config.head_dim) for z in (q, k, v))
+        return rope(q, turn), rope(k, turn), v
+
+    def close(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """What follows attention: the residual x [..., hidden], and [..., H D] from attention."""
+        x += self.o_proj(attended)
+        y = self.post_attention_layernorm(x)
+        return x + self.down_proj(ACTIVATIONS[self.config.hidden_act](self.gate_proj(y)) * self.up_proj(y))
 
 
 class Decoder(nn.Module):
@@ -82,11 +125,11 @@ class Decoder(nn.Module):
     lora: LoraConfig | None
     weights: str
     attention: str
-    remat: str  # name of a jax.checkpoint policy: what a layer keeps for its backward pass
+    remat: str  # what a layer keeps for its backward pass, see `keep`
 
     def setup(self):
         c = self.config
-        layer = nn.remat(DecoderLayer, prevent_cse=False, policy=getattr(jax.checkpoint_policies, self.remat))
+        layer = nn.remat(DecoderLayer, prevent_cse=False, policy=keep(self.remat))
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size)
         self.layers = nn.scan(
             layer,
@@ -103,44 +146,88 @@ class Decoder(nn.Module):
         """[...] token ids to [..., hidden] embeddings."""
         return self.embed_tokens.embedding[tokens].astype(dtype)
 
-    def __call__(
-        self, x: jax.Array, positions: jax.Array, mask: jax.Array, past: tuple[Past, ...] = ()
-    ) -> tuple[jax.Array, Past]:
+    def __call__(self, blocks: Sequence[Block], past: tuple[Past, ...] = ()) -> list[tuple[jax.Array, Past]]:
         """Runs all layers over new tokens.
 
         Args:
-          x: embeddings [B, G, T, hidden].
-          positions: [B, G, T] position of each new token in its own sequence.
-          mask: [B, G, T], True where the new token exists; padding on either side is fine.
+          blocks: computed together. Each attends causally to itself, to `past`, and to the blocks before it, which are
+            of one sequence to a prompt: a prompt, then its completions.
           past: earlier tokens of the same sequences.
 
         Returns:
-          normalised hidden states [B, G, T, hidden], and the new tokens as a `Past` with a G axis.
+          for each block its normalised hidden states [B, G, T, hidden], and its tokens as a `Past` with a G axis.
         """
-        x, (k, v) = self.layers(
-            sharding.constrain_batch(x), tuple((p.k, p.v) for p in past), past, positions, _causal(mask)
-        )
-        return self.norm(x), Past(k, v, mask)
+        flat = lambda z: z.reshape(len(z), -1, *z.shape[3:])  # noqa: E731  [B, G, T, ...] to [B, G T, ...]
+        x = jnp.concatenate([flat(block.x) for block in blocks], axis=1)
+        turn = self._turn(jnp.concatenate([flat(block.positions) for block in blocks], axis=1))
+        masks = tuple((block.mask, _causal(block.mask)) for block in blocks)
+        x, new = self.layers(sharding.constrain_batch(x), tuple((p.k, p.v) for p in past), past, turn, masks)
+        x, start, results = self.norm(x), 0, []
+        for block, (k, v) in zip(blocks, new, strict=True):
+            size = block.mask[0].size
+            results.append((x[:, start : start + size].reshape(block.x.shape), Past(k, v, block.mask)))
+            start += size
+        return results
+
+    # In a loop over tokens, layers follow each other without a scan: a scan over stacked arrays would copy every
+    # layer's weights and caches out of the stack for each token. `layers` are variables of each, pasts are unstacked.
 
     def decode(
-        self, x: jax.Array, positions: jax.Array, mask: jax.Array, past: tuple[Past, ...], layers: tuple[dict, ...]
+        self, x: jax.Array, positions: jax.Array, prompt: Past, own: Past, slot: jax.Array, layers: tuple[dict, ...]
     ) -> tuple[jax.Array, Past]:
-        """The same for a loop over tokens, one layer after another without a scan.
+        """The next token of every sequence.
 
-        A scan over stacked arrays would copy every layer's weights and caches out of the stack at each token. Here each
-        layer's are arrays of their own: `layers` are its variables, `past` is unstacked, and so is what is returned.
+        Args:
+          x: embeddings [B, G, 1, hidden].
+          positions: [B, G, 1].
+          prompt: shared by the group.
+          own: each sequence's tokens before this one.
+          slot: where this one's keys and values are written in `own`: before attention looks, or it would take a copy.
+
+        Returns:
+          hidden state [B, G, 1, hidden], and `own` with the new token.
         """
+        mask = jnp.broadcast_to(jnp.arange(own.mask.shape[-1]) <= slot, own.mask.shape)
+        own = Past(list(own.k), list(own.v), mask)
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=3)
+
+        def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            own.k[i], own.v[i] = write(own.k[i], k), write(own.v[i], v)
+            return attention(q, [p.segment(p.k[i], p.v[i]) for p in (prompt, own)])
+
+        hidden = self._layer_by_layer(x, positions, layers, attend)
+        return hidden, own.replace(k=tuple(own.k), v=tuple(own.v))
+
+    def peek(self, block: Block, past: tuple[Past, ...], layers: tuple[dict, ...]) -> jax.Array:
+        """Hidden states [B, G, T, hidden] of a block that is not kept."""
+        causal = _causal(block.mask)
+
+        def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return attention(q, [*(p.segment(p.k[i], p.v[i]) for p in past), Segment(k, v, causal)])
+
+        return self._layer_by_layer(block.x, block.positions, layers, attend)
+
+    def _layer_by_layer(
+        self, x: jax.Array, positions: jax.Array, layers: tuple[dict, ...], attend: Callable[..., jax.Array]
+    ) -> jax.Array:
         layer = DecoderLayer(self.config, self.lora, self.weights, self.attention, parent=None)
-        x, causal, new = sharding.constrain_batch(x), _causal(mask), []
+        x, turn = sharding.constrain_batch(x), self._turn(positions)
         for i, variables in enumerate(layers):
-            x, kv = layer.apply(variables, x, tuple((p.k[i], p.v[i]) for p in past), past, positions, causal)
-            new.append(kv)
-        k, v = zip(*new, strict=True)
-        return self.norm(x), Past(k, v, mask)
+            q, k, v = layer.apply(variables, x, turn, method="project")
+            attended = attend(i, q, _heads_first(k), _heads_first(v))
+            x = layer.apply(variables, x, attended.reshape(*x.shape[:-1], -1), method="close")
+        return self.norm(x)
+
+    def _turn(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return rotation(positions, self.config.head_dim, self.config.rope_theta)
 
     def head(self) -> jax.Array:
         """The output matrix [hidden, vocabulary]."""
         return self.embed_tokens.embedding.T if self.config.tie_word_embeddings else self.lm_head
+
+
+def _heads_first(z: jax.Array) -> jax.Array:
+    return jnp.einsum("bgtkd->bkgtd", z)
 
 
 def _causal(mask: jax.Array) -> jax.Array:

@@ -4,12 +4,14 @@ B batch   G sequences that share one prompt   T new tokens   S keys of a segment
 H query heads   K key-value heads   R = H / K   D head width
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from ambijax.model import kernels
 from ambijax.model.config import LoraConfig
@@ -21,7 +23,20 @@ ACTIVATIONS = {
     "silu": nn.silu,
 }
 
+PRODUCT = "product"  # names what `keep` keeps
+
 MASKED = -1e30  # finite, so that a query whose keys are all masked (padding) stays finite
+
+
+def keep(remat: str) -> Callable[..., bool]:
+    """What a layer keeps for its backward pass: 'products_saveable', or the name of a policy of `jax.checkpoint`.
+
+    'products_saveable' keeps the output of every matrix product and of attention once, adapter included, and computes
+    what is cheap again: norms, rope, activations, the weights of attention.
+    """
+    if remat == "products_saveable":
+        return jax.checkpoint_policies.save_only_these_names(PRODUCT)
+    return getattr(jax.checkpoint_policies, remat)
 
 
 class Dense(nn.Module):
@@ -44,9 +59,8 @@ class Dense(nn.Module):
         shape = (x.shape[-1], self.features)
         if self.int8:
             kernel = self.param("kernel", nn.initializers.zeros_init(), shape, jnp.int8)
-            y = (x @ kernel.astype(x.dtype)) * self.param("scale", nn.initializers.ones_init(), shape[1:]).astype(
-                x.dtype
-            )
+            scale = self.param("scale", nn.initializers.ones_init(), shape[1:])
+            y = (x @ kernel.astype(x.dtype)) * scale.astype(x.dtype)
         else:
             kernel = self.param("kernel", nn.initializers.normal(0.02), shape)
             y = x @ kernel.astype(x.dtype)
@@ -55,7 +69,7 @@ class Dense(nn.Module):
             y += bias.astype(x.dtype)
         if self.lora is not None and (self.has_variable("lora", "a") or self.is_initializing()):
             y += self._adapter(x)
-        return y
+        return checkpoint_name(y, PRODUCT)
 
     def _adapter(self, x: jax.Array) -> jax.Array:
         fan_in, rank = x.shape[-1], self.lora.rank
@@ -108,7 +122,7 @@ def low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _low_rank_forward(x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple]:
-    narrow = x @ a
+    narrow = checkpoint_name(x @ a, PRODUCT)
     return narrow @ b, (x, a, b, narrow)
 
 
@@ -136,18 +150,28 @@ class RMSNorm(nn.Module):
         return scale.astype(x.dtype) * x32.astype(x.dtype)
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864), halves convention of Qwen2, angles in float32.
+def rotation(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the angles by which `rope` turns, float32 [..., 1, D / 2] each; the same in every layer.
 
     Args:
-      x: [..., T, heads, D].
-      positions: [..., T] integers, broadcastable to x's leading axes.
+      positions: [...] integers.
+      width: D, of a head.
       theta: base of the geometric series of wavelengths.
     """
-    half = x.shape[-1] // 2
+    half = width // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies  # in bfloat16 wrong from position 257
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary position embedding (arXiv 2104.09864), halves convention of Qwen2, in float32.
+
+    Args:
+      x: [..., heads, D].
+      turn: of x's positions, see `rotation`.
+    """
+    cos, sin = turn
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
@@ -183,23 +207,65 @@ def attention(q: jax.Array, segments: Sequence[Segment], implementation: str = "
     """
     b, g, t, h, d = q.shape
     if implementation != "xla" and len(segments) == 1:
-        return _fused(q, segments[0], kernels.KERNELS[implementation])
+        return checkpoint_name(_fused(q, segments[0], kernels.KERNELS[implementation]), PRODUCT)
     kv_heads = segments[0].k.shape[1]
     # Batch axes first, and the rows that share keys side by side: one large product for a shared segment.
     q = jnp.einsum("bgtkrd->bkgrtd", q.reshape(b, g, t, kv_heads, h // kv_heads, d) * d**-0.5)
-    scores = []
-    for s in segments:
-        own = "g" * (s.k.ndim == 5)
-        product = jnp.einsum(f"bkgrtd,bk{own}sd->bkgrts", q, s.k, preferred_element_type=jnp.float32)
-        scores.append(jnp.where(s.mask[:, None, :, None], product, MASKED))
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
-    out, start = 0, 0
-    for s, score in zip(segments, scores, strict=True):
-        own = "g" * (s.v.ndim == 5)
-        w = weights[..., start : start + score.shape[-1]]
-        out += jnp.einsum(f"bkgrts,bk{own}sd->bkgrtd", w, s.v)
-        start += score.shape[-1]
+    keys, values, masks, _ = zip(*segments, strict=True)
+    out = _attention(q, keys, values, tuple(mask[:, None, :, None] for mask in masks))
     return jnp.einsum("bkgrtd->bgtkrd", out).reshape(b, g, t, h, d)
+
+
+@jax.custom_vjp
+def _attention(q: jax.Array, keys: tuple, values: tuple, masks: tuple) -> jax.Array:
+    """q [B, K, G, R, T, D], scaled; masks broadcastable to [B, K, G, R, T, S] -> [B, K, G, R, T, D]."""
+    return _attention_forward(q, keys, values, masks)[0]
+
+
+def _attention_forward(q: jax.Array, keys: tuple, values: tuple, masks: tuple) -> tuple[jax.Array, tuple]:
+    scores = [jnp.where(mask, _by_key(q, k, jnp.float32), MASKED) for k, mask in zip(keys, masks, strict=True)]
+    top = functools.reduce(jnp.maximum, (s.max(axis=-1, keepdims=True) for s in scores))
+    weights = [jnp.exp(s - top) for s in scores]
+    total = sum(w.sum(axis=-1, keepdims=True) for w in weights)
+    weights = tuple((w / total).astype(q.dtype) for w in weights)
+    out = checkpoint_name(sum(_over_keys(w, v) for w, v in zip(weights, values, strict=True)), PRODUCT)
+    return out, (q, keys, values, weights, out)
+
+
+def _attention_backward(saved: tuple, by_out: jax.Array) -> tuple:
+    """With P = softmax(S), S = Q K^T, O = P V:  dV = P^T dO,  dS = P (dO V^T - rowsum(dO O)),  dQ = dS K,  dK = dS^T Q.
+
+    The sum over a row of P dP is taken as that of dO O, a number a query instead of a pass over all scores.
+    """
+    q, keys, values, weights, out = saved
+    center = jnp.sum(by_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
+    by_q, by_keys, by_values = 0, [], []
+    for k, v, w in zip(keys, values, weights, strict=True):
+        by_scores = (w * (_by_key(by_out, v, jnp.float32) - center)).astype(q.dtype)
+        by_q += _over_keys(by_scores, k)
+        by_keys.append(_over_queries(by_scores, q, k))
+        by_values.append(_over_queries(w, by_out, v))
+    return by_q, tuple(by_keys), tuple(by_values), None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _own(k: jax.Array) -> str:
+    """The axis G of keys that each sequence has for itself."""
+    return "g" * (k.ndim == 5)
+
+
+def _by_key(x: jax.Array, k: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jnp.einsum(f"bkgrtd,bk{_own(k)}sd->bkgrts", x, k, preferred_element_type=dtype)
+
+
+def _over_keys(weights: jax.Array, v: jax.Array) -> jax.Array:
+    return jnp.einsum(f"bkgrts,bk{_own(v)}sd->bkgrtd", weights, v)
+
+
+def _over_queries(weights: jax.Array, x: jax.Array, like: jax.Array) -> jax.Array:
+    return jnp.einsum(f"bkgrts,bkgrtd->bk{_own(like)}sd", weights, x)
 
 
 def _fused(q: jax.Array, own: Segment, kernel: Callable) -> jax.Array:

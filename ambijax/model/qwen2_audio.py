@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ambijax.model.config import LoraConfig, Qwen2AudioConfig
-from ambijax.model.decoder import Decoder, Past
+from ambijax.model.decoder import Block, Decoder, Past
 from ambijax.model.encoder import AudioTower
 from ambijax.model.layers import Dense
 
@@ -22,7 +22,7 @@ class Qwen2Audio(nn.Module):
     config: Qwen2AudioConfig
     lora: LoraConfig | None
     dtype: jnp.dtype  # of activations; norms, rope, softmax and logits are float32 whatever it is
-    remat: str
+    remat: str  # what a layer keeps for its backward pass, see `layers.keep`
     weights: str = "float"  # or int8: how the decoder layers' matrices are stored
     attention: str = "xla"  # or cudnn, splash: the kernel of the tower and the prompt
 
@@ -49,33 +49,54 @@ class Qwen2Audio(nn.Module):
         Returns:
           hidden states [B, P, hidden]; the prompt as a past that a group can share.
         """
+        return _shared(*self.language_model([self._prompt(tokens, mask, audio)])[0])
+
+    def extend(
+        self, tokens: jax.Array, positions: jax.Array, mask: jax.Array, past: tuple[Past, ...]
+    ) -> tuple[jax.Array, Past]:
+        """Continues each prompt with G sequences of T tokens; returns hidden [B, G, T, hidden] and their own past."""
+        return self.language_model([self._block(tokens, positions, mask)], past)[0]
+
+    def prefill_and_extend(
+        self, tokens: jax.Array, mask: jax.Array, audio: jax.Array, completions: jax.Array, exist: jax.Array
+    ) -> tuple[tuple[jax.Array, Past], tuple[jax.Array, Past]]:
+        """`prefill` of prompts and `extend` by completions [B, G, T] in one pass: each matrix is read once for both."""
+        start = mask.sum(axis=1)[:, None, None]
+        positions = start + jnp.broadcast_to(jnp.arange(completions.shape[2]), completions.shape)
+        blocks = [self._prompt(tokens, mask, audio), self._block(completions, positions, exist)]
+        prompt, own = self.language_model(blocks)
+        return _shared(*prompt), own
+
+    def decode(
+        self,
+        token: jax.Array,
+        positions: jax.Array,
+        prompt: Past,
+        own: Past,
+        slot: jax.Array,
+        layers: tuple[dict, ...],
+    ) -> tuple[jax.Array, Past]:
+        """The next token [B, G, 1] in a loop over tokens, see `Decoder.decode`; `layers` are from `unstack`."""
+        x = self.language_model.embed(token, self.dtype)
+        return self.language_model.decode(x, positions, prompt, own, slot, layers)
+
+    def peek(
+        self, tokens: jax.Array, positions: jax.Array, past: tuple[Past, ...], layers: tuple[dict, ...]
+    ) -> jax.Array:
+        """Hidden states of tokens [B, G, T] that might follow; `past` and `layers` as in `decode`."""
+        return self.language_model.peek(self._block(tokens, positions, jnp.ones(tokens.shape, bool)), past, layers)
+
+    def _prompt(self, tokens: jax.Array, mask: jax.Array, audio: jax.Array) -> Block:
         x = self.language_model.embed(tokens, self.dtype)
         is_audio = tokens == self.config.audio_token
         index = jnp.clip(jnp.cumsum(is_audio, axis=1) - 1, 0, audio.shape[1] - 1)
         heard = jnp.take_along_axis(audio.astype(self.dtype), index[..., None], axis=1)
         x = jnp.where(is_audio[..., None], heard, x)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        x, past = self.language_model(x[:, None], positions[:, None], mask[:, None])
-        return x[:, 0], Past(past.k[:, :, :, 0], past.v[:, :, :, 0], mask)
+        return Block(x[:, None], positions[:, None], mask[:, None])
 
-    def extend(
-        self, tokens: jax.Array, positions: jax.Array, mask: jax.Array, past: tuple[Past, ...]
-    ) -> tuple[jax.Array, Past]:
-        """Continues each prompt with G sequences of T tokens; returns hidden [B, G, T, hidden] and their own past."""
-        x = self.language_model.embed(tokens, self.dtype)
-        return self.language_model(x, positions, mask, past)
-
-    def decode(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        mask: jax.Array,
-        past: tuple[Past, ...],
-        layers: tuple[dict, ...],
-    ) -> tuple[jax.Array, Past]:
-        """`extend` for a loop over tokens: the past and the `layers`' variables (`unstack`) are not stacked."""
-        x = self.language_model.embed(tokens, self.dtype)
-        return self.language_model.decode(x, positions, mask, past, layers)
+    def _block(self, tokens: jax.Array, positions: jax.Array, mask: jax.Array) -> Block:
+        return Block(self.language_model.embed(tokens, self.dtype), positions, mask)
 
     def head(self) -> jax.Array:
         """The output matrix [hidden, vocabulary]."""
@@ -85,6 +106,11 @@ class Qwen2Audio(nn.Module):
         """Plain forward pass to logits [B, P, vocabulary]: for initialisation and parity tests, not for training."""
         hidden, _ = self.prefill(tokens, mask, self.encode(mel, frames))
         return jnp.matmul(hidden, self.head().astype(self.dtype), preferred_element_type=jnp.float32)
+
+
+def _shared(hidden: jax.Array, past: Past) -> tuple[jax.Array, Past]:
+    """A block of one sequence to a prompt, without its G axis."""
+    return hidden[:, 0], Past(past.k[:, :, :, 0], past.v[:, :, :, 0], past.mask[:, 0])
 
 
 def init(model: Qwen2Audio, key: jax.Array) -> dict:
