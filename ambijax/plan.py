@@ -48,6 +48,7 @@ class Case:
     window: int  # mel frames
     text: int  # prompt tokens beside the audio
     cache: Path
+    only: tuple[str, ...] = ()  # names of programs; () = all
 
 
 def run(case: Case) -> dict:
@@ -61,8 +62,13 @@ def run(case: Case) -> dict:
     """
     setting, about = _prepared(case)
     with jax.set_mesh(setting.mesh):
-        found = [measure(case, setting, p) for p in programs.programs(setting, case.window, case.text)]
+        found = [measure(case, setting, p) for p in _programs(case, setting)]
     return {"about": about, "programs": found}
+
+
+def _programs(case: Case, setting: Setting) -> list[programs.Program]:
+    every = list(programs.programs(setting, case.window, case.text))
+    return [p for p in every if p.name in (case.only or [p.name])]
 
 
 def _prepared(case: Case) -> tuple[Setting, dict]:
@@ -130,7 +136,7 @@ def _lower(case: Case, name: str) -> jax.stages.Lowered:
     """A case's program by its name, ready for the compiler."""
     setting, _ = _prepared(case)
     with jax.set_mesh(setting.mesh):
-        program = next(p for p in programs.programs(setting, case.window, case.text) if p.name == name)
+        program = next(p for p in _programs(case, setting) if p.name == name)
         return _lowered(setting, program)[1]
 
 
@@ -192,7 +198,7 @@ def sweep(case: Case, start: dict) -> Iterator[str]:
         yield f"the configuration itself does not fit: {planned.verdict(tightest, start['about'])}"
         return
     setting, _ = _prepared(case)
-    before = {p.name: p for p in programs.programs(setting, case.window, case.text)}
+    before = {p.name: p for p in _programs(case, setting)}
     for key in ("data.batch_size", *SWEPT[case.config.algorithm], "data.max_tokens"):
         spares = functools.partial(_spares, case, key, before, tightest["name"])
         ends = functools.cache(functools.partial(_ends, case, key, spares))
@@ -223,8 +229,7 @@ def _spares(
     changed = dataclasses.replace(case, config=_set(case.config, key, times * _get(case.config, key)))
     setting, about = _prepared(changed)
     with jax.set_mesh(setting.mesh):
-        after = programs.programs(setting, case.window, case.text)
-        for program in sorted(after, key=lambda p: p.name != tightest):
+        for program in sorted(_programs(changed, setting), key=lambda p: p.name != tightest):
             if program.name == tightest or not _alike(program, before[program.name]):
                 yield program.name, planned.spare(measure(changed, setting, program), about)
 
@@ -252,7 +257,7 @@ def main() -> None:
         config, _ = settings.parse([sys.argv[0], f"--config={file}", "--workdir=unused", *overrides])
         window = args.window or max(config.data.windows)
         for topology in args.topology:
-            case = Case(config, file, topology, window, args.text, args.cache)
+            case = Case(config, file, topology, window, args.text, args.cache, tuple(args.only))
             print(f"{file} on {topology or 'this machine'}", file=sys.stderr)
             results.append(run(case))
             if args.sweep:
@@ -274,6 +279,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--topology", nargs="+", default=[""], help="such as v5e:2x4; default: this machine's devices")
     parser.add_argument("--window", type=int, default=0, help="mel frames (10 ms) of the clips; default: the largest")
     parser.add_argument("--text", type=int, default=TEXT, help=f"prompt tokens beside the audio, default {TEXT}")
+    parser.add_argument("--only", nargs="+", default=[], choices=list(planned.KEYS), help="programs; default: all")
     parser.add_argument("--sweep", action="store_true", help="the largest batch, K and length that fit")
     parser.add_argument("--markdown", action="store_true", help="print a document instead of plain tables")
     parser.add_argument("--cache", type=Path, default=Path("runs/plan"), help="where compiled figures are kept")

@@ -63,7 +63,7 @@ def step(result: dict) -> dict | None:
     about = result["about"]
     times = {"roll-out": about["parts"], "reference": about["parts"], "update": about["updates"]}
     parts = [(p, times[p["name"]]) for p in result["programs"] if p["name"] in times]
-    if any(roofline(p, about) is None for p, _ in parts):
+    if not any(p["name"] == "update" for p, _ in parts) or any(roofline(p, about) is None for p, _ in parts):
         return None
     seconds = sum(n * roofline(p, about).seconds for p, n in parts)
     useful = sum(n * p["model_flops"] for p, n in parts)
