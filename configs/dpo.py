@@ -15,10 +15,6 @@ def get_config(corpus: str = "cremad") -> ConfigDict:
     c.algorithm = "dpo"
     c.optim.learning_rate = 5e-6  # paper
 
-    if corpus in ("cremad", "iemocap"):
-        c.mesh.fsdp = 1  # it samples, too: see configs/grpo.py
-        c.mesh.tensor = -1
-
     c.dpo = ConfigDict()
     c.dpo.samples = 4  # roll-outs a prompt; unknown
     c.dpo.temperature = 1.0

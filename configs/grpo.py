@@ -16,12 +16,6 @@ def get_config(corpus: str = "cremad") -> ConfigDict:
     c.optim.learning_rate = 2e-5  # paper
     c.data.batch_size = 4  # prompts; the group multiplies it
 
-    if corpus in ("cremad", "iemocap"):
-        # Sampling reads every weight for every token: split by heads each chip reads its own, split by fsdp each
-        # would have to gather them all first (docs/scaling.md).
-        c.mesh.fsdp = 1
-        c.mesh.tensor = -1
-
     c.reward = ConfigDict()  # R = w_js (1 - JS) + w_fmt format
     c.reward.w_js = 1.0  # unknown
     c.reward.w_fmt = 1.0  # unknown
