@@ -41,6 +41,8 @@ class Ordering:
             return "no runs yet"
         d = self.difference
         if self.close:
+            if d.low is None:
+                return "undecided"  # one speaker has no interval
             inside = -bound < d.low and d.high < bound
             return "holds" if inside else "does not hold" if d.low > bound or d.high < -bound else "undecided"
         if self.p >= alpha:

@@ -33,7 +33,7 @@ ignore_is_gradient = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointi
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    return trained.make(tmp_path_factory.mktemp("lora") / "run")
+    return trained.make(tmp_path_factory.mktemp("lora") / "run", "--config.data.max_tokens=24")
 
 
 @pytest.fixture(scope="module")

@@ -102,9 +102,8 @@ def test_a_stream_ends_in_the_prediction(model, clips, whole):
         np.testing.assert_allclose(sum(later.distribution.values()), 1, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "chunk", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(50, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # compiles programs of its own; the test above is its quick sibling
+@pytest.mark.parametrize("chunk", [1, 3, 50])
 def test_streaming_is_the_rollout_stopped_and_resumed(chunk):
     m = small.model()
     variables, asked = small.variables(m), small.prompts(3)

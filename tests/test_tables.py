@@ -1,6 +1,7 @@
 """The drivers: which runs a table needs, doing what is not done, and the tables that come out of finished ones."""
 
 import argparse
+import dataclasses
 import json
 import re
 import runpy
@@ -342,6 +343,8 @@ def test_orderings_are_judged_by_paired_differences(tmp_path):
     assert near.verdict(0.2, 0.05) == "holds"
     assert near.verdict(0.01, 0.05) == "does not hold"
     assert absent.verdict(0.05, 0.05) == "no runs yet"
+    one_speaker = dataclasses.replace(near, difference=dataclasses.replace(near.difference, low=None, high=None))
+    assert one_speaker.verdict(0.05, 0.05) == "undecided"
     text = lab.markdown([], [less, more, near, absent], 0.05, 0.05, ["a note"])
     assert "Of 4 orderings: 1 holds, 1 does not hold, 1 undecided" in text
     lab.write_csv(found, tmp_path / "lab.csv")
