@@ -108,7 +108,9 @@ def leave_requested() -> bool:
     """
     if not jax.distributed.is_initialized() or distributed.global_state.num_processes == 1:
         return signals.wanted()
-    return multihost_utils.reached_preemption_sync_point(next(_polls))
+    if leave := multihost_utils.reached_preemption_sync_point(next(_polls)):
+        signals.heard()
+    return leave
 
 
 def notes(workdir: Path) -> Path:

@@ -68,6 +68,11 @@ def wanted() -> bool:
     return _asked.is_set()
 
 
+def heard() -> None:
+    """The loop knows already, from another process, that all leave: later word of it asks for nothing more."""
+    _asked.set()
+
+
 @contextlib.contextmanager
 def guarding(at_stake: Callable[[], bool], grace: float) -> Iterator[None]:
     """While this lasts, a signal waits up to `grace` seconds for the loop if `at_stake()`: there is work to save."""
