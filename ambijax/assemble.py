@@ -66,6 +66,7 @@ def model(config: FrozenConfigDict, shape: model_config.Qwen2AudioConfig) -> qwe
         remat=config.model.remat,
         weights=config.model.weights,
         attention=config.model.attention,
+        cache=config.model.cache,
     )
 
 

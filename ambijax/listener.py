@@ -275,6 +275,7 @@ def _config(checkpoint: Path, told: dict, lora: LoraConfig = _NO_LORA, init_from
                 "checkpoint": str(checkpoint),
                 "dtype": told["dtype"],
                 "weights": "float",
+                "cache": "float",
                 "attention": "xla",
                 "remat": "nothing_saveable",
             },

@@ -222,11 +222,11 @@ def rollout(
         token, logp = _draw(logits, keys, s.t, temperature)
         return _append(writer, s, logits, token, logp)
 
-    return _finish(writer, jax.lax.while_loop(keep_going, step, _start(prefix, tokens, *keys.shape, max_tokens)))
+    return _finish(writer, jax.lax.while_loop(keep_going, step, _start(model, prefix, tokens, *keys.shape, max_tokens)))
 
 
 def _writer(model: Qwen2Audio, variables: dict, prefix: Prefix, tokens: Tokens, ends_line: jax.Array) -> _Writer:
-    prefix = prefix._replace(past=prefix.past.unstacked())
+    prefix = prefix._replace(past=prefix.past.unstacked(model.cache))
     return _Writer(
         model, variables, unstack(variables), prefix, model.apply(variables, method="head"), tokens, ends_line
     )
@@ -328,13 +328,13 @@ def _first_reaching(weights: jax.Array, u: jax.Array) -> jax.Array:
     return jnp.argmax(running >= u[..., None] * running[..., -1:], axis=-1).astype(jnp.int32)
 
 
-def _start(prefix: Prefix, tokens: Tokens, b: int, g: int, n: int) -> _Decoding:
+def _start(model: Qwen2Audio, prefix: Prefix, tokens: Tokens, b: int, g: int, n: int) -> _Decoding:
     # One array a layer for keys and for values: written in place, never copied out of a stack.
     empty = tuple(jnp.zeros((b, k.shape[1], g, n, k.shape[3]), k.dtype) for k in prefix.past.k)
     return _Decoding(
         t=jnp.int32(0),
         hidden=jnp.broadcast_to(prefix.last[:, None], (b, g, prefix.last.shape[-1])),
-        own=Past(empty, empty, jnp.zeros((b, g, n), bool)),
+        own=Past(empty, empty, jnp.zeros((b, g, n), bool)).unstacked(model.cache),
         # A completion starts on a fresh line: the prompt ends with a line break.
         recent=jnp.full((b, g, 1 + len(tokens.anchor)), tokens.newline, jnp.int32),
         anchor=jnp.full((b, g), -1, jnp.int32),
@@ -378,7 +378,7 @@ def _begin(
     model: Qwen2Audio, variables: dict, prompt: Prompt, *, tokens: Tokens, max_tokens: int
 ) -> tuple[Prefix, _Decoding]:
     prefix = prefill(model, variables, prompt, {})
-    return prefix, _start(prefix, tokens, len(prompt.tokens), 1, max_tokens)
+    return prefix, _start(model, prefix, tokens, len(prompt.tokens), 1, max_tokens)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "tokens", "chunk"))

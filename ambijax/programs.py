@@ -136,8 +136,9 @@ def cache(setting: Setting, program: Program) -> int:
     text, mesh = setting.model.config.text, setting.mesh
     asked = next(a for a in program.arguments if isinstance(a, Prompt))
     tokens = program.prompts * (asked.tokens.shape[1] + program.completions * setting.config.data.max_tokens)
-    a_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * setting.model.dtype.itemsize
-    return tokens * a_token // mesh.size
+    float_size = setting.model.dtype.itemsize
+    a_head = text.head_dim + float_size if setting.model.cache == "int8" else text.head_dim * float_size
+    return tokens * 2 * text.num_hidden_layers * text.num_key_value_heads * a_head // mesh.size
 
 
 def bytes_a_device(tree: object) -> int:

@@ -71,6 +71,7 @@ RULES = {
     "model.checkpoint": _PATH,
     "model.dtype": _one_of("float32", "bfloat16"),
     "model.weights": _one_of("float", "int8"),
+    "model.cache": _one_of("float", "int8"),
     "model.attention": _one_of("xla", "cudnn", "splash"),
     "model.remat": _one_of(  # ours (layers.keep), or of jax.checkpoint_policies those without names
         "products_saveable",

@@ -121,7 +121,8 @@ def loop(run: Run, state: TrainState, programs: compilation.Programs) -> TrainSt
     with (
         Log(hosts.notes(run.directory), first) as log,
         Watchdog(run.directory / f"stacks-{jax.process_index()}.txt", config.watchdog_seconds) as watchdog,
-        signals.guarding(lambda: done not in (first, saved.latest), config.checkpoint.grace),
+        # Several processes leave at the step they agree on, even when all is saved: one alone would strand the rest.
+        signals.guarding(lambda: jax.process_count() > 1 or done not in (first, saved.latest), config.checkpoint.grace),
     ):
         health = Health(config, log, int(state.guard.skipped))
         for step in bar:

@@ -27,6 +27,7 @@ def get_config(corpus: str) -> ConfigDict:
     c.model.checkpoint = "Qwen2-Audio-7B-Instruct"  # Hugging Face directory, or one written by ambijax.convert
     c.model.dtype = "bfloat16"  # of base weights and activations; adapters, norms and softmax stay float32
     c.model.weights = "float"  # int8: the decoder layers' matrices in half the memory, .8 % off (docs/int8.md)
+    c.model.cache = "float"  # int8: keys and values of a roll-out in about half the memory (docs/int8.md)
     c.model.attention = "xla"  # of tower and prompt; cudnn on GPUs, splash on TPUs: fused kernels, not measured yet
     # A layer keeps what its matrix products made, 2.7 MB a token at 7B, and computes norms, rope and softmax again: a
     # quarter less arithmetic in an update than "nothing_saveable", which keeps nothing and is what a full chip needs.

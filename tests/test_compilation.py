@@ -39,7 +39,12 @@ def test_a_user_without_a_home_keeps_nothing_and_is_told(monkeypatch, capsys):
     monkeypatch.delenv("HOME")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # a number without a name, as in many containers
-    compilation.keep()
+    before = jax.config.jax_compilation_cache_dir  # another test of this process may have had a home
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        compilation.keep()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
     assert not kept.Shelf("~/features").keeps
     assert kept.size("~/features") == (0, 0)
     said = capsys.readouterr().err

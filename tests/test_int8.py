@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from ambijax import convert, export, losses, plan, policy, programs, rules, settings, sharding
 from ambijax.model import config as model_config
 from ambijax.model import qwen2_audio
+from ambijax.model.decoder import Past
 from ambijax.model.layers import quantize
 from tests import small, trained
 
@@ -152,3 +153,63 @@ def test_a_merged_export_starts_from_the_weights_before_rounding(tmp_path):
         export.export(run, "merged", tmp_path / f"{weights}-out")
         files.append((tmp_path / f"{weights}-out" / "model.safetensors").read_bytes())
     assert files[0] == files[1]
+
+
+# The cache of a roll-out.
+
+
+def as_floats(past):
+    return past.replace(
+        **{name: tuple(q * scale[..., None] for q, scale in getattr(past, name)) for name in ("k", "v")}
+    )
+
+
+def test_a_step_on_a_rounded_cache_is_that_on_the_floats_it_stands_for():
+    model, variables = small.model(), small.variables(small.model())
+    prompt = small.prompts(2)
+    read = policy.prefill(model, variables, prompt, {}).past
+    rounded = read.unstacked("int8")
+    assert {x.dtype for x in jax.tree.leaves((rounded.k, rounded.v))} == {np.dtype("int8"), np.dtype("float32")}
+    floats = as_floats(rounded)
+    for a, b in zip(read.k, floats.k, strict=True):
+        assert 0 < np.abs(a - b).max() < np.abs(a).max() / 127  # half a step of a token's and head's own scale
+    layers, token, slot = qwen2_audio.unstack(variables), jnp.full((2, 3, 1), 9), jnp.int32(2)
+    empty = Past(*(jnp.zeros((3, 2, 4, 3, 5, 8)) for _ in range(2)), jnp.zeros((2, 3, 5), bool))
+
+    def step(prompt: Past, own: Past) -> tuple:
+        given = (token, jnp.full((2, 3, 1), 12), prompt, own, slot, layers)
+        return model.apply(variables, *given, method="decode")
+
+    hidden, written = step(rounded, empty.unstacked("int8"))
+    back = as_floats(written)
+    for z in (*back.k, *back.v):
+        assert z[:, :, :, 2].any()
+        assert not z[:, :, :, [0, 1, 3, 4]].any()
+    plain, exact = step(floats, empty.unstacked("float"))
+    for first, one in ((back.k[0], exact.k[0]), (back.v[0], exact.v[0])):  # of the layers after it x differs
+        assert 0 < np.abs(first - one).max() < np.abs(one).max() / 250
+    np.testing.assert_allclose(hidden, plain, atol=1e-2)
+
+
+def test_a_roll_out_on_a_rounded_cache_is_nearly_that_of_teacher_forcing():
+    # Its own log-probabilities are read by nobody; an update scores what was written anew. The read-out stays near.
+    model, variables = small.model().clone(cache="int8"), small.variables(small.model())
+    prompt = small.prompts(2)
+    rolled = policy.rollout(model, variables, prompt, jax.random.key(3), small.ENDS_LINE, **ROLLED)
+    scores = policy.score(
+        *(model, variables, prompt, policy.anchored(rolled, small.TOKENS)),
+        **{"class_ids": small.TOKENS.classes, "temperature": 1.0, "chunk": 4, "rngs": {}},
+    )
+    own = np.asarray(rolled.completions.mask) & (np.asarray(rolled.completions.tokens) != small.TOKENS.end)
+    off = np.abs(np.where(own, rolled.logp - scores.logp[..., :6], 0))
+    assert 1e-6 < off.max() < 0.05
+    np.testing.assert_allclose(rolled.readout, scores.readout, atol=0.05)
+
+
+def test_bytes_of_a_rounded_cache_by_hand():
+    # Beside each 128 bytes lies a bfloat16 scale, where there were 256.
+    config, _ = settings.parse(["p", "--config=configs/grpoz.py:cremad", "--workdir=w", "--config.model.cache=int8"])
+    setting = programs.setting(config, model_config.from_dict(plan.PUBLISHED), jax.devices()[:1])
+    roll_out = next(p for p in programs.programs(setting, 512, 96) if p.name == "roll-out")
+    tokens = roll_out.prompts * (224 + config.grpo.samples * config.data.max_tokens)
+    assert programs.cache(setting, roll_out) == tokens * 2 * 32 * 32 * (128 + 2)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from ambijax import sharding
 from ambijax.model.config import LoraConfig, TextConfig
-from ambijax.model.layers import ACTIVATIONS, Dense, RMSNorm, Segment, attention, keep, rope, rotation
+from ambijax.model.layers import ACTIVATIONS, Dense, RMSNorm, Segment, attention, keep, quantize, rope, rotation
 
 
 @flax.struct.dataclass
@@ -26,6 +26,7 @@ class Past:
     """Keys and values of earlier tokens, all layers.
 
     k, v: [L, B, K, S, D] when shared by the group, else [L, B, K, G, S, D], rotated; for `decode` a tuple of L arrays.
+      In place of each array may stand a pair: it in int8, and a scale for each token and head.
     mask: [B, S] or [B, G, S], True where the token exists.
     """
 
@@ -37,13 +38,25 @@ class Past:
     def shared(self) -> bool:
         return self.mask.ndim == 2
 
-    def unstacked(self) -> "Past":
-        """With an array for each layer."""
-        return self.replace(k=tuple(self.k), v=tuple(self.v))
+    def unstacked(self, cache: str) -> "Past":
+        """With an array for each layer; if `cache` is 'int8', with a pair for each."""
+        layer = _rounded if cache == "int8" else jnp.asarray
+        return self.replace(k=tuple(map(layer, self.k)), v=tuple(map(layer, self.v)))
 
     def segment(self, k: jax.Array, v: jax.Array) -> Segment:
         """One layer's keys and values (self.k[i], self.v[i]) as an attention segment."""
+        k, v = (z[0] * z[1][..., None] if isinstance(z, tuple) else z for z in (k, v))
         return Segment(k, v, self.mask[:, None, None] if self.shared else self.mask[:, :, None])
+
+
+def _rounded(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return quantize(z, axis=-1)
+
+
+def put(cache: jax.Array | tuple, new: jax.Array, slot: jax.Array) -> jax.Array | tuple:
+    """A layer's keys or values with those of one new token in a slot, in place under jit; rounded if the others are."""
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=3)
+    return jax.tree.map(write, cache, _rounded(new) if isinstance(cache, tuple) else new)
 
 
 class Block(NamedTuple):
@@ -189,10 +202,9 @@ class Decoder(nn.Module):
         """
         mask = jnp.broadcast_to(jnp.arange(own.mask.shape[-1]) <= slot, own.mask.shape)
         own = Past(list(own.k), list(own.v), mask)
-        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=3)
 
         def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            own.k[i], own.v[i] = write(own.k[i], k), write(own.v[i], v)
+            own.k[i], own.v[i] = put(own.k[i], k, slot), put(own.v[i], v, slot)
             return attention(q, [p.segment(p.k[i], p.v[i]) for p in (prompt, own)])
 
         hidden = self._layer_by_layer(x, positions, layers, attend)

@@ -100,14 +100,15 @@ class Dropout(nn.Module):
         return jnp.where(jax.lax.optimization_barrier(keep), x / (1 - self.rate), 0)
 
 
-def quantize(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """W [..., in, out] to Q, int8, and s [..., out] in W's dtype, W ~ Q s: an output channel's largest weight is +-127.
+def quantize(x: jax.Array, axis: int = -2) -> tuple[jax.Array, jax.Array]:
+    """X to Q, int8 like it, and s in X's dtype without `axis`, X ~ Q s: the largest entry along `axis` becomes +-127.
 
-    Q is taken against s as it is stored, so that rounding s to bfloat16 costs nothing.
+    A matrix [..., in, out] gets a scale for each output channel. Q is taken against s as it is stored, so that rounding
+    s to bfloat16 costs nothing.
     """
-    largest = jnp.max(jnp.abs(kernel), axis=-2).astype(jnp.float32)
-    scale = (jnp.where(largest > 0, largest, 1.0) / 127).astype(kernel.dtype)
-    steps = jnp.round(kernel.astype(jnp.float32) / scale[..., None, :].astype(jnp.float32))
+    largest = jnp.max(jnp.abs(x), axis=axis).astype(jnp.float32)
+    scale = (jnp.where(largest > 0, largest, 1.0) / 127).astype(x.dtype)
+    steps = jnp.round(x.astype(jnp.float32) / jnp.expand_dims(scale, axis).astype(jnp.float32))
     return jnp.clip(steps, -127, 127).astype(jnp.int8), scale
 
 

@@ -25,6 +25,7 @@ class Qwen2Audio(nn.Module):
     remat: str  # what a layer keeps for its backward pass, see `layers.keep`
     weights: str = "float"  # or int8: how the decoder layers' matrices are stored
     attention: str = "xla"  # or cudnn, splash: the kernel of the tower and the prompt
+    cache: str = "float"  # or int8: how a roll-out stores keys and values
 
     def setup(self):
         c = self.config
