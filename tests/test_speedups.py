@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ambijax import losses, policy
-from ambijax.model.layers import low_rank
+from ambijax.model.layers import Segment, attention, low_rank
 from tests import small
 
 T = 6
@@ -92,3 +92,44 @@ def test_gradients_of_the_adapters_product(shape):
     plain = jax.vjp(lambda x, a, b: x @ a @ b, x, a, b)[1](by_y)
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def _plain_attention(q, segments):
+    """Every sequence by itself over copied and joined keys; softmax and its gradient are jax's own."""
+    g, r = q.shape[1], q.shape[3] // segments[0].k.shape[1]
+
+    def whole(z):
+        z = z if z.ndim == 5 else jnp.repeat(z[:, :, None], g, axis=2)
+        return jnp.repeat(z, r, axis=1)
+
+    k, v = (jnp.concatenate([whole(getattr(s, name)) for s in segments], axis=3) for name in "kv")
+    shape = (q.shape[0], g, q.shape[2])
+    mask = jnp.concatenate([jnp.broadcast_to(s.mask, (*shape, s.k.shape[-2])) for s in segments], axis=-1)
+    scores = jnp.einsum("bgthd,bhgsd->bhgts", q, k) * q.shape[-1] ** -0.5
+    return jnp.einsum("bhgts,bhgsd->bgthd", jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30)), v)
+
+
+def test_gradients_of_attention_over_shared_and_own_keys():
+    # A sum over only one segment's row, or a mask left out of the weights, changes every gradient.
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, 3, 4, 4, 5)).astype(np.float32)
+    shared, own = (rng.normal(size=(2, *s)).astype(np.float32) for s in ((2, 2, 6, 5), (2, 2, 3, 4, 5)))
+    seen, causal = rng.random((2, 1, 1, 6)) < 0.7, np.tril(np.ones((4, 4), bool))[None, None]
+    by_out = rng.normal(size=q.shape).astype(np.float32)
+
+    def pull(how):
+        segments = lambda shared, own: [Segment(*shared, seen), Segment(*own, causal)]  # noqa: E731
+        out, back = jax.vjp(lambda q, shared, own: how(q, segments(shared, own)), q, tuple(shared), tuple(own))
+        return jax.tree.leaves((out, back(by_out)))
+
+    for ours, plain in zip(pull(attention), pull(_plain_attention), strict=True):
+        assert np.abs(plain).max() > 0.1
+        np.testing.assert_allclose(ours, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["products_saveable", "everything_saveable"])
+def test_what_a_layer_keeps_changes_no_gradient(model, variables, remat):
+    given = (variables, small.prompts(2), small.completions(2, 2, T))
+    (loss, gradient), (kept_loss, kept) = (_loss_and_gradient(m, *given) for m in (model, model.clone(remat=remat)))
+    np.testing.assert_allclose(loss, kept_loss, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, kept)
