@@ -75,10 +75,10 @@ def test_the_last_step_that_compiled_is_known():
         for step, n in enumerate((2, 3, 3, 2)):
             programs.at(step)
             f(np.ones(n, np.float32))
-    assert (programs.compiled, programs.last) == (2, 1)
-    before = programs.compiled
+    assert (programs.compiled + programs.cached, programs.last) == (2, 1)
+    before = programs.compiled + programs.cached
     f(np.ones(4, np.float32))  # outside: not counted
-    assert programs.compiled == before
+    assert programs.compiled + programs.cached == before
 
 
 def _prompt(seconds: list[float], example: int):
@@ -117,9 +117,9 @@ def test_nothing_compiles_after_warm_up_over_clips_of_1_to_30_seconds():
     with compilation.Programs() as programs:
         for seconds in (1.0, 5.0, 29.0):  # every declared window once
             lora = step(_prompt([seconds, 1.0], 0), lora, keys[0])
-        warm = programs.compiled
+        warm = programs.compiled + programs.cached  # an earlier test of this process may keep programs on disk
         assert warm >= 3 * 3
         for i, seconds in enumerate((1.3, 2.4, 4.5, 9.9, 10.5, 30.0)):
             lora = step(_prompt([seconds, 1.0 + i], i), lora, keys[i])
-    assert programs.compiled == warm
+    assert programs.compiled + programs.cached == warm
     assert np.isfinite(jax.tree.leaves(lora)[0]).all()
