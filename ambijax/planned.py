@@ -165,11 +165,19 @@ def text(results: list[dict]) -> str:
 def markdown(results: list[dict], command: str, versions: str) -> str:
     """Plans as a document; `command` made it, with these versions of the compiler."""
     lines = ["# The plan for the default configurations", "", f"Made by `{command}` with {versions}.", ""]
-    lines += [__doc__.split("\n\n", 1)[1].strip(), "", *_table(overview_rows(results))]
+    lines += [
+        "Memory is what the compiler reports, without machine code. Times are lower bounds: the slowest of arithmetic,"
+    ]
+    lines += [
+        "memory and interconnect at their peak, the others hidden behind it.",
+        "",
+        *_table(overview_rows(results)),
+    ]
     for result in results:
         lines += [f"## {title(result['about'])}", "", shape(result["about"]) + ".", ""]
         lines += [*_table(memory_rows(result)), *_table(speed_rows(result))]
-        lines += [summary(result).capitalize() + ".", ""] * bool(summary(result))
+        if said := summary(result):
+            lines += [said[0].upper() + said[1:] + ".", ""]
         if "sweep" in result:
             lines += ["Largest that fits, one key at a time:", "", *(f"- {line}" for line in result["sweep"]), ""]
     return "\n".join(lines).rstrip()
