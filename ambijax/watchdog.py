@@ -8,7 +8,12 @@ from absl import logging
 
 
 class Watchdog:
-    """Fed once a step. The dump itself is made by faulthandler in C, so it also works while Python stands still."""
+    """Fed once a step.
+
+    A thread writes the stacks, and while it does no other runs Python: a stack that changes while it is read ends the
+    process. Where no thread can run, for one holds Python still, none changes either, and faulthandler writes them from C
+    after twice the time.
+    """
 
     def __init__(self, path: Path, seconds: float) -> None:
         """`path` is appended to, and removed at the end when nothing was written; 0 seconds is no watchdog."""
@@ -20,12 +25,14 @@ class Watchdog:
         """Starts the time anew."""
         self.rest()
         if self._seconds:
-            faulthandler.dump_traceback_later(self._seconds, file=self._file)
+            faulthandler.dump_traceback_later(2 * self._seconds, file=self._file)
             self._timer = threading.Timer(self._seconds, self._say)
             self._timer.daemon = True
             self._timer.start()
 
     def _say(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.dump_traceback(self._file)
         text = "no step has ended for %g s (watchdog_seconds); the stacks of all threads are in %s"
         logging.warning(text, self._seconds, self._path)
 
