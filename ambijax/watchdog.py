@@ -11,8 +11,8 @@ class Watchdog:
     """Fed once a step.
 
     A thread writes the stacks, and while it does no other runs Python: a stack that changes while it is read ends the
-    process. Where no thread can run, for one holds Python still, none changes either, and faulthandler writes them from C
-    after twice the time.
+    process. Where no thread can run, for one holds Python still, none changes either, and faulthandler writes them
+    from C after twice the time.
     """
 
     def __init__(self, path: Path, seconds: float) -> None:
