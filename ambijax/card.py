@@ -153,7 +153,8 @@ def _metrics(about: About) -> str:
     }
     if "these weights" not in summaries:
         return "Not evaluated: `python -m ambijax.evaluate --run RUN` before the export fills this in."
-    if about.step != about.config.steps:
+    chosen = about.best and about.config.eval.checkpoint == "last"  # here, and not by the run, which tested its last
+    if chosen and about.step != about.config.steps:
         summaries[f"after {about.config.steps} updates"] = summaries.pop("these weights")
     level = about.config.eval.level
     clips = next(iter(summaries.values()))["clips"]

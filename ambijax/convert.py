@@ -341,6 +341,7 @@ def write_hugging_face(
             theirs = np.asarray(value(parameter, layer)).transpose(parameter.inverse)
             values[key] = np.ascontiguousarray(theirs.astype(dtype, copy=False))
         save_file(values, out / f"{name}.partial", metadata={"format": "pt"})
+        shutil.copymode(out / "config.json", out / f"{name}.partial")  # safetensors lets only its owner read a file
         (out / f"{name}.partial").rename(out / name)
     if len(shards) > 1:
         size = sum(parameter.size for parameter, _ in tensors.values()) * dtype.itemsize

@@ -11,6 +11,7 @@ decoder's adapters are written; reading accepts both spellings.
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import flax.traverse_util
@@ -86,8 +87,9 @@ def save(lora: dict, directory: Path, config: LoraConfig, base_model: str) -> No
         "use_rslora": False,
         "use_dora": False,
     }
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    shutil.copymode(directory / CONFIG, directory / WEIGHTS)  # safetensors lets only its owner read a file
 
 
 def describe(directory: str | Path) -> tuple[LoraConfig, str]:

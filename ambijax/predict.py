@@ -108,18 +108,23 @@ def _arguments() -> argparse.Namespace:
 
 
 def _clips(names: Sequence[str], columns: tuple[str, str], transcripts: Sequence[str] | None) -> list[listing.Clip]:
-    """What is to be heard; a mistake in all of it is said before a model is read."""
+    """What is to be heard; if none of it can be, that is said before a model is read."""
     clips = list(listing.clips(names, columns))
     if not clips:
         raise DataError("no clip is named: the list is empty")
-    if not any(clip.path.exists() for clip in clips):
-        others = f", nor is any of the other {len(clips) - 1}" if len(clips) > 1 else ""
-        raise DataError(f"{clips[0].path}: no such file{others}")
     if transcripts and len(transcripts) != len(clips):
         raise ConfigError(f"{len(transcripts)} transcripts for {len(clips)} clips; give one each, or none")
     if transcripts:
-        return [clip._replace(transcript=said) for clip, said in zip(clips, transcripts, strict=True)]
-    return clips
+        clips = [clip._replace(transcript=said) for clip, said in zip(clips, transcripts, strict=True)]
+    first = None
+    for clip in clips:
+        try:
+            audio.load(clip.path)
+            return clips
+        except DataError as error:
+            first = first or error
+    others = f"; nor can any of the other {len(clips) - 1} be heard" if len(clips) > 1 else ""
+    raise DataError(f"{first}{others}")
 
 
 def main() -> None:

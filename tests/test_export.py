@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import FrozenConfigDict
 from safetensors.numpy import load_file
 
 import ambijax
-from ambijax import assemble, checkpoint, export, peft, settings
+from ambijax import assemble, card, checkpoint, export, peft, settings
 from ambijax.errors import ConfigError
 from ambijax.model.config import LoraConfig
 from tests import hub_server, trained
@@ -156,6 +157,19 @@ def test_merged_from_a_native_checkpoint(run, tmp_path):
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
+def test_whoever_may_read_the_card_may_read_the_weights(run, tmp_path):
+    before = os.umask(0o027)
+    try:
+        for kind in ("peft", "merged"):
+            export.export(run, kind, tmp_path / kind)
+    finally:
+        os.umask(before)
+    for kind in ("peft", "merged"):
+        assert {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / kind).iterdir()} == {
+            path.name: 0o640 for path in (tmp_path / kind).iterdir()
+        }
+
+
 def test_what_was_written_is_what_was_published(exported):
     """Names and fields as measured to load under transformers 4.57 and 5, written out by hand."""
     tensors = load_file(exported / "adapter_model.safetensors")
@@ -219,6 +233,19 @@ def test_an_unevaluated_run_says_so_and_no_card_names_our_directories(exported):
     assert "Not evaluated" in card
     assert 'checkpoint="tiny"' in card
     assert str(trained.TINY.parent) not in card
+
+
+@pytest.mark.parametrize(("own", "said"), [("best", "these weights"), ("last", "after 3 updates")])
+def test_the_card_knows_whose_metrics_it_shows(own, said, run, tmp_path):
+    """Weights chosen by dev: by the run, which then tested them, or at the export, when it tested others."""
+    (tmp_path / "eval/test").mkdir(parents=True)
+    (tmp_path / "eval/test/summary.json").write_text(json.dumps({"js": 0.1, "clips": 7, "intervals": {}}))
+    config = settings.load(run).to_dict()
+    config["eval"]["checkpoint"] = own
+    about = {"kind": "peft", "step": 1, "best": True, "base_model": "base", "licence": "other"}
+    text = card.render(card.About(run=tmp_path, config=FrozenConfigDict(config), **about))
+    assert f"| {said} | 0.100 |" in text
+    assert "1 of 3, the best on dev" in text
 
 
 def test_digests_are_of_every_file(exported):

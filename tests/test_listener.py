@@ -226,6 +226,8 @@ def test_transcripts_from_a_table(model, run, clips, tmp_path, monkeypatch, caps
 
 def test_mistakes_get_one_line(run, clips, tmp_path, monkeypatch, capsys):
     (tmp_path / "there.csv").touch()
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"RIFF")
     (tmp_path / "sub").mkdir()
     for arguments, message in (
         (["--model", run, clips[0], "--out", tmp_path / "there.csv"], "that does not exist yet"),
@@ -236,7 +238,8 @@ def test_mistakes_get_one_line(run, clips, tmp_path, monkeypatch, capsys):
         (["--model", tmp_path, clips[0]], "no run directory, export or checkpoint"),
         (["--model", run, "-"], "the list is empty"),
         (["--model", run, "no.wav"], "no.wav: no such file"),
-        (["--model", run, "no.wav", "neither.wav"], "no.wav: no such file, nor is any of the other 1"),
+        (["--model", tmp_path, broken], "broken.wav: not a readable sound file"),  # said before a model is looked for
+        (["--model", tmp_path, "no.wav", broken], "no.wav: no such file; nor can any of the other 1 be heard"),
         (["--model", run, tmp_path / "sub"], "no sound file there"),
     ):
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))

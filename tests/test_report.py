@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -22,7 +23,7 @@ from tests import made_runs as runs
 
 pytest.importorskip("matplotlib", reason="the report draws with matplotlib: pip install -e '.[report]'")
 from ambijax.report import __main__ as report
-from ambijax.report import figures
+from ambijax.report import figures, style
 
 # Also a line separator, a zero byte, mathematics that is none, and the end of a comment.
 HOSTILE = "</script><script>window.taken = 1</script><img src=x onerror='window.taken = 1'>\u2028\x00$\\frac$ --><!--"
@@ -201,6 +202,37 @@ def test_several_runs_share_their_base(made, tmp_path):
         ("base", "DPO"),
         ("base of SFT", "SFT"),
     ]
+
+
+def _perceived(color: str) -> np.ndarray:
+    """OKLab of #rrggbb (Ottosson 2020): a distance of .02 is about what an eye just sees."""
+    c = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    rgb = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+    to_cones = [
+        [0.41222147, 0.53633254, 0.05144599],
+        [0.2119035, 0.68069955, 0.10739696],
+        [0.08830246, 0.28171884, 0.6299787],
+    ]
+    to_lab = [
+        [0.21045426, 0.7936178, -0.00407205],
+        [1.9779985, -2.4285922, 0.4505937],
+        [0.02590404, 0.78277177, -0.80867577],
+    ]
+    return np.array(to_lab) @ np.cbrt(np.array(to_cones) @ rgb)
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_as_many_runs_as_are_allowed_can_be_told_apart(theme):
+    """Each with a base of its own: as many colours in the page's style, none near another."""
+    css = (Path(style.__file__).parent / "page.css").read_text()
+    names = [style.variable(of(i)) for of in (style.base, style.trained) for i in range(style.MOST)] + ["human"]
+    found = {name: re.search(rf"--{name}: light-dark\((#\w{{6}}), (#\w{{6}})\)", css)[1 + theme] for name in names}
+    assert all(f".dot.{name} {{ background: var(--{name}); }}" in css for name in names)
+    near = min(
+        (np.linalg.norm(_perceived(a) - _perceived(b)), i, j)
+        for (i, a), (j, b) in itertools.combinations(found.items(), 2)
+    )
+    assert near[0] > 0.075, near
 
 
 def test_without_its_corpus_a_run_is_reported_without_sound(made, tmp_path, capsys, no_figures):

@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 
 from ambijax import metrics, significance
 from ambijax.report import style
-from ambijax.report.runs import Report
+from ambijax.report.runs import Report, System
 
 BINS = 10  # of confidence; metrics.ECE_BINS leaves too few clips in a bin of a small test set to be read
 SMOOTH = 0.1  # weight of the newest step in a smoothed curve
@@ -48,6 +48,11 @@ def colors(report: Report) -> dict[str, str]:
     return {system.name: style.base(i) for i, system in enumerate(bases)} | {
         system.name: style.trained(i) for i, system in enumerate(trained)
     }
+
+
+def _line(system: System) -> dict:
+    """How its lines and marks look beside their colour."""
+    return {"marker": "s", "linestyle": (0, (4, 2))} if system.base else {"marker": "o", "linestyle": "-"}
 
 
 def draw(report: Report) -> dict[str, Drawn]:
@@ -115,8 +120,9 @@ def reliability(report: Report) -> Drawn:
         points = [(confidence[bins == m].mean(), hit[bins == m].mean(), (bins == m).sum()) for m in np.unique(bins)]
         x, y, n = np.array(points).T
         color = colors(report)[system.name]
-        axes.plot(x, y, color=color, linewidth=1.4, marker="o", markersize=3, label=style.short(system.name))
-        axes.scatter(x, y, s=18 + 240 * n / n.sum(), color=color, alpha=0.85, linewidth=0)
+        line = _line(system)
+        axes.plot(x, y, color=color, linewidth=1.4, markersize=3, label=style.short(system.name), **line)
+        axes.scatter(x, y, s=18 + 240 * n / n.sum(), marker=line["marker"], color=color, alpha=0.85, linewidth=0)
         rows += [(system.name, *map(float, point[:2]), int(point[2])) for point in points]
     axes.set(xlim=(0, 1.02), ylim=(-0.02, 1.02), xlabel="confidence", ylabel="share of majority votes met")
     style.tidy(axes, grid="both")
@@ -137,13 +143,13 @@ def js_against_entropy(report: Report) -> Drawn:
     axes = figure.subplots()
     rows = []
     for index, system in enumerate(report.systems):
-        color = colors(report)[system.name]
+        color, line = colors(report)[system.name], _line(system)
         x, y = metrics.entropy(system.target), metrics.js(system.target, system.readout)
-        points = axes.scatter(x, y, s=15, color=color, alpha=0.45, linewidth=0)
+        points = axes.scatter(x, y, s=15, marker=line["marker"], color=color, alpha=0.45, linewidth=0)
         points.set_gid(f"points-{index}")
         parts = [part for part in np.array_split(np.argsort(x, kind="stable"), min(5, len(x))) if len(part)]
         means = np.array([(x[part].mean(), y[part].mean()) for part in parts])
-        axes.plot(*means.T, color=color, linewidth=2, marker="o", markersize=4.5, label=style.short(system.name))
+        axes.plot(*means.T, color=color, linewidth=2, markersize=4.5, label=style.short(system.name), **line)
         ids = [record["id"] for record in system.records]
         rows += list(zip([system.name] * len(x), ids, x.tolist(), y.tolist(), strict=True))
     axes.set(xlabel="entropy of the votes (bits)", ylabel="JS to the votes (bits)", ylim=(-0.02, None))
@@ -264,14 +270,15 @@ def _groups(report: Report, of: Callable[[dict], dict[str, list[str]]], name: st
         places[member] = y
     rows, e = [], report.runs[0].config.eval
     for place, system in enumerate(report.systems):
-        color, title = colors(report)[system.name], style.short(system.name)
+        color, title, line = colors(report)[system.name], style.short(system.name), _line(system)
         offset = step * (place - (len(report.systems) - 1) / 2)
         for member in order:
             if values := scores.get((system.name, member)):
                 spread = significance.interval(np.array(values), seed=0, samples=e.resamples, level=e.level)
                 at = places[member] + offset
                 axes.plot(spread, [at, at], color=color, linewidth=1.6, alpha=0.5)
-                axes.plot(np.mean(values), at, "o", markersize=6, color=color, markeredgewidth=0, label=title)
+                mark = {"marker": line["marker"], "linestyle": "none", "markersize": 6, "markeredgewidth": 0}
+                axes.plot(np.mean(values), at, color=color, label=title, **mark)
                 rows.append((system.name, *member, float(np.mean(values)), *spread, len(values)))
                 title = None  # one line in the legend
     count = {member: max(len(scores.get((s.name, member), ())) for s in report.systems) for member in order}

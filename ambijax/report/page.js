@@ -26,7 +26,7 @@ function make(tag, attributes = {}, ...children) {
   element.append(...children.filter((child) => child !== null));
   return element;
 }
-const dot = (name) => make("span", { class: "dot", style: { background: color(name) } });
+const dot = (name) => make("span", { class: `dot ${name}` });
 const number = (x, digits = 2) => (Number.isFinite(x) ? x.toFixed(digits) : "–");
 const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 

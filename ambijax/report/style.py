@@ -1,7 +1,8 @@
 """One look for all figures: matplotlib draws each of them once, for the PNG and SVG files and for the page.
 
 The page has a light and a dark theme, so `themed` turns the colours of an SVG into the CSS variables that `page.css`
-defines for both. The series colours are Okabe and Ito's, which the colour-blind tell apart.
+defines for both. The first series colours are Okabe and Ito's, the others as far from them as there is room,
+also for eyes without red or green. Bases are warm, square and dashed, what was trained is not.
 """
 
 import io
@@ -14,9 +15,9 @@ from matplotlib.figure import Figure
 
 INK, MUTED, LINE = "#1b2430", "#5d6877", "#dfe3e8"
 HUMAN = "#39424e"  # what the annotators say
-_BASE = ("#e69f00", "#9a6a00", "#c9b458")
-_TRAINED = ("#0072b2", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#7a5bb5")
-MOST = len(_TRAINED)  # runs that can still be told apart
+_BASE = ("#e69f00", "#99400e", "#8d7b63", "#5e3200", "#cfba92", "#ddca1e")
+_TRAINED = ("#0072b2", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#46237a")
+MOST = len(_TRAINED)  # runs that can still be told apart, each with a base of its own
 
 _VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", HUMAN: "human"}
 _VARIABLES |= {color: f"base{i}" for i, color in enumerate(_BASE)}
@@ -56,13 +57,13 @@ def variable(color: str) -> str:
 
 
 def base(index: int) -> str:
-    """The colour of the i-th base."""
-    return _BASE[index % len(_BASE)]
+    """The colour of the i-th base, i < MOST."""
+    return _BASE[index]
 
 
 def trained(index: int) -> str:
-    """The colour of the i-th trained model."""
-    return _TRAINED[index % len(_TRAINED)]
+    """The colour of the i-th trained model, i < MOST."""
+    return _TRAINED[index]
 
 
 def tidy(axes: Axes, *, grid: str) -> None:
