@@ -157,7 +157,7 @@ def _run(place: Path, command: Command) -> None:
         env=env,
         capture_output=True,
         text=True,
-        timeout=1800,
+        timeout=7200,  # of one that hangs: on a busy machine the quick lab took over half an hour
         check=False,
     )
     assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}\n{HOW}"

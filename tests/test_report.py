@@ -235,6 +235,21 @@ def test_as_many_runs_as_are_allowed_can_be_told_apart(theme):
     assert near[0] > 0.075, near
 
 
+@pytest.mark.parametrize("draw", [figures.reliability, figures.learning_curves, figures.speakers])
+def test_long_names_stay_inside_their_figure(made, tmp_path, draw):
+    import matplotlib
+
+    several = [tmp_path / f"seed_{seed}_of_a_long_name" for seed in range(style.MOST)]
+    for run in several:
+        run.symlink_to(made[0])
+    with matplotlib.rc_context(style.STYLE):
+        figure = draw(reading.read(several, "test", None)).figure
+        figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) >= len(several)
+    assert legend.get_window_extent().x1 <= figure.bbox.x1
+
+
 def test_without_its_corpus_a_run_is_reported_without_sound(made, tmp_path, capsys, no_figures):
     run = tmp_path / "moved"
     subprocess.run(["cp", "-r", made[0], run], check=True)

@@ -333,7 +333,9 @@ def examples(report: Report) -> Drawn:
 def _legend(figure: Figure, axes: matplotlib.axes.Axes) -> None:
     """Names above the figure, in one row where they fit."""
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper left", ncols=3, handlelength=1.2, columnspacing=1.4)
+    width = 0.45 + 0.075 * max(map(len, names))  # inches of a handle and the longest name
+    columns = max(1, int(figure.get_figwidth() / width))
+    figure.legend(handles, names, loc="outside upper left", ncols=columns, handlelength=1.6, columnspacing=1.4)
 
 
 FIGURES: dict[str, Callable[[Report], Drawn | None]] = {
