@@ -104,18 +104,21 @@ def test_wandb_offline(workdir, tmp_path, monkeypatch, sound):
 
 @pytest.mark.parametrize("sound", [True, False])
 def test_trackio(workdir, tmp_path, monkeypatch, sound):
-    trackio = pytest.importorskip("trackio")
+    pytest.importorskip("trackio")
     from trackio import sqlite_storage
-    from trackio import utils as trackio_utils
 
-    for module in (trackio_utils, sqlite_storage):
-        monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
+    places = {"TRACKIO_DIR": tmp_path / "trackio", "MEDIA_DIR": tmp_path / "trackio/media"}
+    for module in [module for name, module in sys.modules.items() if name.split(".")[0] == "trackio"]:
+        for name in places.keys() & vars(module).keys():
+            monkeypatch.setattr(module, name, places[name])
     send(workdir, "trackio", tracker_audio=sound)
     (name,) = sqlite_storage.SQLiteStorage.get_runs("ambijax")
     logs = sqlite_storage.SQLiteStorage.get_logs("ambijax", name)
     assert [(e["step"], e["loss"]) for e in logs if "loss" in e] == [(0, 1.0), (1, 0.5), (2, 1 / 3)]
     assert any("predictions" in e for e in logs)
-    assert trackio.__version__
+    assert (CANARY.encode() in everything(tmp_path / "trackio")) == sound
+    sounds = [path for path in (tmp_path / "trackio").rglob("*") if path.is_file() and path.read_bytes()[:4] == b"RIFF"]
+    assert len(sounds) == sound
 
 
 class Broken:
