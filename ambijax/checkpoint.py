@@ -27,7 +27,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from ambijax import digest, hosts
+from ambijax import digest, hosts, rules
 from ambijax.errors import ConfigError, NonFiniteError
 from ambijax.workdir import check_writable
 
@@ -45,6 +45,7 @@ def check_meta(saved: dict, current: dict, where: Path) -> None:
     """
     current = json.loads(json.dumps(current))  # tuples become lists, as in the file
     saved, current = (flax.traverse_util.flatten_dict(tree, sep=".") for tree in (saved, current))
+    saved = {key: value for key, value in rules.ADDED.items() if key in current} | saved  # of an earlier version
     if keys := sorted(key for key in saved | current if saved.get(key) != current.get(key)):
         both = "; ".join(
             f"{key} is {saved.get(key)!r} in the checkpoint and {current.get(key)!r} in this run" for key in keys
@@ -175,7 +176,7 @@ class Checkpoints:
             check_meta(self._found[1]["meta"], meta, self._found[0])
 
     def restore(self, like: Any, meta: dict) -> tuple[int, Any] | None:
-        """The newest intact checkpoint, placed as `like` says; each damaged one that is newer costs one warning line.
+        """The newest intact checkpoint, placed as `like` says; each damaged one costs one warning line.
 
         Args:
           like: pytree of ShapeDtypeStruct (or arrays) with the shardings to restore to, on any mesh.
@@ -257,7 +258,7 @@ def _best(paths: list[Path]) -> Path | None:
 
 
 def _first_intact(paths: list[Path]) -> tuple[Path, dict, dict[str, np.ndarray], set[Path]] | None:
-    """(path, digest, arrays by name, the damaged ones before it); None for no paths; ConfigError for no intact one."""
+    """(path, digest, arrays by name, the damaged ones); None for no paths; ConfigError for no intact one."""
     damaged = {}
     for path in paths:
         try:
@@ -268,14 +269,28 @@ def _first_intact(paths: list[Path]) -> tuple[Path, dict, dict[str, np.ndarray],
         except digest.DamagedError as error:
             damaged[path] = str(error)
             continue
+        unused = _damaged(paths[len(damaged) + 1 :])  # one of them may have been the best
         if jax.process_index() == 0:
             for bad, reason in damaged.items():
                 logging.warning("checkpoint %s is damaged (%s); using %s instead", bad, reason, path.name)
-        return path, record, arrays, set(damaged)
+            for bad, reason in unused.items():
+                logging.warning("checkpoint %s is damaged (%s) and can no longer be chosen", bad, reason)
+        return path, record, arrays, {*damaged, *unused}
     if damaged:
         each = "; ".join(f"{path} ({reason})" for path, reason in damaged.items())
         raise ConfigError(f"no checkpoint is intact: {each}; put back a copy, or remove them to start from step 0")
     return None
+
+
+def _damaged(paths: list[Path]) -> dict[Path, str]:
+    """Which of these are not as they were written, and why."""
+    reasons = {}
+    for path in paths:
+        try:
+            digest.check_files(path, digest.read_record(path))
+        except (digest.DamagedError, ConfigError) as error:
+            reasons[path] = str(error)
+    return reasons
 
 
 def _check_shapes(arrays: dict[str, np.ndarray], wanted: dict[str, Any], path: Path) -> None:

@@ -74,11 +74,11 @@ def read_record(directory: Path) -> dict:
     return record
 
 
-def read_arrays(directory: Path, record: dict) -> dict[str, np.ndarray]:
-    """The arrays by name, exactly as saved.
+def check_files(directory: Path, record: dict) -> None:
+    """Reads every file and places no array.
 
     Raises:
-      DamagedError: a file or an array is not what the record says, or holds NaN or infinity.
+      DamagedError: a file is not what the record says.
     """
     for name, digest in record["files"].items():
         try:
@@ -86,6 +86,15 @@ def read_arrays(directory: Path, record: dict) -> dict[str, np.ndarray]:
                 raise DamagedError(f"{name} is altered")
         except OSError as error:
             raise DamagedError(f"{name}: {error.strerror}") from None
+
+
+def read_arrays(directory: Path, record: dict) -> dict[str, np.ndarray]:
+    """The arrays by name, exactly as saved.
+
+    Raises:
+      DamagedError: a file or an array is not what the record says, or holds NaN or infinity.
+    """
+    check_files(directory, record)
     try:
         arrays = _orbax().restore(directory.absolute() / "state")
     except Exception as error:  # every file is as written, so it is this Orbax that cannot read them

@@ -9,14 +9,17 @@
 With several sampled chains of thought, readout is their mean, reasoning the first of them, and format, forced and
 tokens are means.
 
-Beside the records lies `origin.json`: weights, settings, utterances and version that they come from. The same origin
-goes on where it was killed, at a whole batch, so that every bit is as in one go; another origin starts anew.
+Beside the records lies `origin.json`: weights, settings, utterances and version that they come from, and the sha256 of
+what is written so far. The same origin goes on where it was killed, at a whole batch, so that every bit is as in one
+go; another origin, or a record that is not as it was written, starts anew.
 """
 
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -40,7 +43,7 @@ from ambijax import (
 )
 from ambijax.agent import Setting
 from ambijax.data import Dataset
-from ambijax.errors import DataError
+from ambijax.errors import ConfigError, DataError
 from ambijax.structs import Completions, Prompt
 
 
@@ -77,22 +80,25 @@ def collect(
       after: records of the split in any order, whose reasonings are read out after instead, one an utterance.
 
     Raises:
-      ConfigError: another process is writing there, or nobody can.
+      ConfigError: another process is writing there, or nobody can, or the disk is full.
     """
     size = sharding.round_up(setting.config.eval.batch_size, setting.mesh)
     directory = hosts.notes(directory)
     path = directory / "predictions.jsonl"
     with workdir.lock(directory):
-        records = hosts.from_main(_begun(directory, _origin(setting, variables, dataset, decoding, after)))
+        origin = _origin(setting, variables, dataset, decoding, after)
+        records = hosts.from_main(_begun(directory, origin))
         if len(records) < len(dataset):
             records = records[: len(records) // size * size]
         else:
             tqdm.tqdm.write(f"{name}: {len(records)} predictions are in {path} already; remove it to predict anew")
-        workdir.replace(path, "".join(map(_line, records)))
-        with path.open("a", encoding="utf-8") as file:
+        text = _text(records)
+        workdir.replace(path, text)
+        sha = hashlib.sha256(text.encode())
+        with path.open("ab", buffering=0) as file:
             for batch in _predict(setting, variables, dataset, name, decoding, after, len(records)):
-                file.writelines(map(_line, batch))
-                file.flush()
+                sha.update(_append(file, batch))
+                _note(directory, origin, file.tell(), sha.hexdigest())
                 records += batch
     return records
 
@@ -207,19 +213,43 @@ def _read_out(setting: Setting, variables: dict, asked: Prompt, completions: Com
     return setting.distribution(sharding.fetch(setting.score(variables, asked, completions, {}).readout)[:, 0])
 
 
-def _line(record: dict) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
+def _text(records: Sequence[dict]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def _begun(directory: Path, wanted: dict) -> list[dict]:
-    """What is there of these predictions; whatever else is there is removed."""
-    path, text = directory / "origin.json", json.dumps(wanted, indent=1) + "\n"
-    with contextlib.suppress(DataError):  # damaged ones are predicted anew
-        if path.is_file() and path.read_bytes() == text.encode():
-            return read(directory)
-    for name in ("summary.json", "predictions.jsonl"):
-        (directory / name).unlink(missing_ok=True)
-    workdir.replace(path, text)
+def _append(file: io.FileIO, records: Sequence[dict]) -> bytes:
+    """Writes records, down to the disk before origin.json speaks of them; returns their bytes."""
+    waiting = written = _text(records).encode()
+    try:
+        while waiting:
+            waiting = waiting[file.write(waiting) :]
+        os.fsync(file.fileno())
+    except OSError as error:
+        advice = "make room and start the same command again"
+        raise ConfigError(f"cannot write {file.name}: {error.strerror}; {advice}") from None
+    return written
+
+
+def _note(directory: Path, origin: dict, size: int, sha256: str) -> None:
+    """Writes origin.json; the predictions that count are the first `size` bytes."""
+    told = {"origin": origin, "bytes": size, "sha256": sha256}
+    workdir.replace(directory / "origin.json", json.dumps(told, indent=1) + "\n")
+
+
+def _begun(directory: Path, origin: dict) -> list[dict]:
+    """What is there of these predictions, if it is as it was written; whatever else is there is removed."""
+    path = directory / "predictions.jsonl"
+    with contextlib.suppress(
+        OSError, ValueError, TypeError, KeyError, RecursionError
+    ):  # there is none, or it is damaged
+        told = json.loads((directory / "origin.json").read_bytes())
+        written = path.read_bytes()[: told["bytes"]]
+        same = json.dumps(told["origin"], sort_keys=True) == json.dumps(origin, sort_keys=True)
+        if same and hashlib.sha256(written).hexdigest() == told["sha256"]:
+            return [json.loads(line) for line in written.split(b"\n")[:-1]]
+    for file in (directory / "summary.json", path):
+        file.unlink(missing_ok=True)
+    _note(directory, origin, 0, hashlib.sha256().hexdigest())
     return []
 
 

@@ -164,6 +164,21 @@ RULES = {
     "grpo.gold_adv_clip": _real(_POSITIVE, math.inf),
 }
 
+# Keys that came later, with what a run did before it could say so: history, which no new run is given. A new key goes
+# here too, or the runs of earlier versions can no longer be read.
+ADDED = {
+    "tracker": "",
+    "tracker_audio": False,
+    "model.weights": "float",
+    "model.cache": "float",
+    "model.attention": "xla",
+    "data.features": "",
+    "eval.every": 0,
+    "eval.dev_clips": 256,  # of no evaluation
+    "eval.metric": "js",
+    "eval.checkpoint": "last",
+}
+
 # What only some runs read, and so may be absent from the others: prefix -> (key, values of it that read this).
 _READ_BY = {
     "dpo.": ("algorithm", ("dpo",)),
@@ -174,6 +189,18 @@ _READ_BY = {
     "data.clips_per_speaker": ("data.corpus", ("synthetic",)),
     "data.seed": ("data.corpus", ("synthetic",)),
 }
+
+
+def completed(config: dict) -> dict:
+    """`config` (nested) of a run, in which an earlier version could not say what `ADDED` says."""
+    whole = dict(config)
+    for key, value in ADDED.items():
+        section, _, name = key.rpartition(".")
+        if not section:
+            whole.setdefault(name, value)
+        elif isinstance(whole.get(section), dict):
+            whole[section] = {name: value, **whole[section]}
+    return whole
 
 
 def problems(config: dict) -> list[str]:

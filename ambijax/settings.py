@@ -107,7 +107,7 @@ def save(config: FrozenConfigDict, workdir: Path) -> None:
 
 
 def load(workdir: str | Path) -> FrozenConfigDict:
-    """Reads a run's `config.json`; nothing is executed.
+    """Reads a run's `config.json`, of an earlier version too (`rules.ADDED`); nothing is executed.
 
     Raises:
       ConfigError: not a run directory, or a config that cannot work.
@@ -116,7 +116,7 @@ def load(workdir: str | Path) -> FrozenConfigDict:
     if not path.is_file():
         raise ConfigError(f"{workdir} is not a run directory: {path} does not exist")
     try:
-        config = FrozenConfigDict(json.loads(path.read_text()))
+        config = FrozenConfigDict(rules.completed(json.loads(path.read_text())))
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged: {_one_line(error)}") from None
     except OSError as error:
@@ -124,5 +124,6 @@ def load(workdir: str | Path) -> FrozenConfigDict:
     try:
         check(config)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        advice = f"mend it there, or use the version of ambijax that {path.with_name('env.json')} names"
+        raise ConfigError(f"{path}: {error}; {advice}") from None
     return config

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = ["--config.data.speakers=5", "--config.data.clips_per_speaker=4", "--config.eval.batch_size=4"]
 # 12 training clips, batches of 4: the run crosses the epoch boundary at step 3.
 SHORT = ["--config.steps=5", "--config.data.batch_size=4", "--config.eval.max_clips=2", "--config.eval.base=False"]
-LIMIT = 300  # seconds any command may take on a busy machine
+LIMIT = 900  # seconds any command may take on a busy machine
 
 needs_tiny = pytest.mark.skipif(
     not (ROOT / "ambijax/tiny/model.safetensors").exists(), reason="the tiny model is not in this checkout"
@@ -79,12 +79,12 @@ def lines(path: Path) -> list[dict]:
 
 
 def interrupt(
-    arguments: list, when: Callable[[], bool], *how: signal.Signals, devices: int = 1
+    arguments: list, when: Callable[[subprocess.Popen], bool], *how: signal.Signals, devices: int = 1
 ) -> tuple[int, str, float]:
-    """Starts a command and signals it once `when()` holds; exit code, stderr, and seconds from signal to exit."""
+    """Starts a command and signals it once `when(process)` holds; exit code, stderr, seconds from signal to exit."""
     process = start(*arguments, devices=devices, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + LIMIT
-    while time.monotonic() < deadline and process.poll() is None and not when():
+    while time.monotonic() < deadline and process.poll() is None and not when(process):
         time.sleep(0.02)
     began = time.monotonic()
     for signum in how:
@@ -94,10 +94,16 @@ def interrupt(
     return process.returncode, err, time.monotonic() - began
 
 
-def logged(workdir: Path, steps: int) -> Callable[[], bool]:
+def logged(workdir: Path, steps: int) -> Callable[..., bool]:
     """Holds once so many steps stand in metrics.jsonl."""
     log = workdir / "metrics.jsonl"
-    return lambda: log.exists() and len(log.read_bytes().splitlines()) >= steps
+    return lambda *_: log.exists() and len(log.read_bytes().splitlines()) >= steps
+
+
+def spent(process: subprocess.Popen) -> float:
+    """CPU seconds of a process that was not waited for: how far it is, however busy the machine."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def newest(workdir: Path) -> Path:
@@ -105,12 +111,17 @@ def newest(workdir: Path) -> Path:
     return max((workdir / "checkpoints").glob("step_????????"))
 
 
-def assert_same_run(a: Path, b: Path) -> None:
-    """Bit-equal adapters, optimizer and counters, equal metrics, dev scores and samples."""
+def assert_same_state(a: Path, b: Path) -> None:
+    """Bit-equal adapters, optimizer and counters, equal dev score."""
     assert newest(a).name == newest(b).name
     records = [json.loads((newest(workdir) / "digest.json").read_text()) for workdir in (a, b)]
     for entry in ("arrays", "metric", "meta"):
         assert records[0][entry] == records[1][entry]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """The same state, metrics and samples."""
+    assert_same_state(a, b)
     clocks = {"seconds", "clips_per_second"}
     metrics = [
         [{k: v for k, v in line.items() if k not in clocks} for line in lines(workdir / "metrics.jsonl")]

@@ -321,6 +321,25 @@ def test_every_single_bit_is_guarded(root):
         file.write_bytes(sound)
 
 
+@pytest.mark.parametrize("file", ["digest.json", "state/manifest.ocdbt"])
+def test_a_best_one_that_is_damaged_is_said_and_not_kept(root, caplog, file):
+    """It is not what the run goes on from, but what it would have chosen in the end."""
+    with Checkpoints(root, 1) as checkpoints:
+        checkpoints.restore(like(make_state(0)), META)
+        checkpoints.score(10, 0.1)
+        checkpoints.score(20, 0.2)
+    (root / "step_00000010" / file).write_bytes(b"{}")
+    for read in (lambda: restored(root)[0], lambda: load_adapters(root, best=True)[0]):
+        caplog.clear()
+        assert read() == 20
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert f"{root / 'step_00000010'} is damaged ({file} is" in line
+    with Checkpoints(root, 1) as checkpoints:
+        checkpoints.restore(like(make_state(0)), META)
+        checkpoints.save(30, make_state(30), META)
+    assert names(root) == ["step_00000020", "step_00000030"]
+
+
 def test_missing_commit_files_fall_back(root, caplog):
     (root / "step_00000020" / "state" / "commit_success.txt").unlink()
     assert_falls_back(root, caplog, "step_00000020", "commit_success.txt: No such file")

@@ -98,7 +98,7 @@ def test_a_record_holds_what_its_readers_need(bench):
 
 
 @tiny
-def test_one_clip_at_a_time_predicts_as_eight_do_and_a_killed_evaluation_goes_on(bench, tmp_path):
+def test_one_clip_at_a_time_predicts_as_eight_do_and_a_killed_evaluation_goes_on(bench, tmp_path, monkeypatch):
     one = bench.collect(tmp_path, batch=1)
     for a, b in zip(one, bench.records, strict=True):
         assert a["reasoning"] == b["reasoning"]
@@ -106,15 +106,31 @@ def test_one_clip_at_a_time_predicts_as_eight_do_and_a_killed_evaluation_goes_on
         np.testing.assert_allclose(a["readout_gold"], b["readout_gold"], atol=1e-5)
     path = tmp_path / "predictions.jsonl"
     whole = path.read_bytes()
-    lines = whole.split(b"\n")
-    lines[1] = lines[1].replace(b'"format": ', b'"format": 1')  # shows that what is there is not computed again
-    path.write_bytes(b"\n".join(lines[:3]) + b"\n" + lines[3][:50])  # killed while writing the fourth
+    path.unlink()
+    described, predicted = predictions._described, []
+
+    def killed_at_the_fourth(utterance, labels):
+        predicted.append(utterance.id)
+        if len(predicted) == 4:
+            raise KeyboardInterrupt
+        return described(utterance, labels)
+
+    monkeypatch.setattr(predictions, "_described", killed_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        bench.collect(tmp_path, batch=1)
+    path.write_bytes(path.read_bytes() + whole.split(b"\n")[3][:50])  # it was writing it
     bench.collect(tmp_path, batch=1)
-    assert path.read_bytes() == b"\n".join(lines)
+    assert path.read_bytes() == whole
+    assert predicted == [record["id"] for record in [*one[:4], *one[3:]]]  # three were there, and were not done again
+    # A digit that is not as it was written: nothing of what is there counts.
+    path.write_bytes(whole.replace(b'"tokens": ', b'"tokens": 1', 1))
+    bench.collect(tmp_path, batch=1)
+    assert path.read_bytes() == whole
+    assert len(predicted) == 9 + 8
     # Other words, other predictions: nothing of the old ones stays.
     others = tuple(dataclasses.replace(u, cot="") for u in bench.test.utterances)
     bench.collect(tmp_path, batch=1, test=dataclasses.replace(bench.test, utterances=others))
-    assert b'"format": 1' not in path.read_bytes().replace(b'"format": 1.0', b"")
+    assert len(predicted) == 9 + 8 + 8
 
 
 @tiny
@@ -143,7 +159,7 @@ def test_a_batch_that_is_half_written_is_computed_as_a_whole(bench, tmp_path):
     shutil.copytree(bench.directory, tmp_path / "cut")
     path = tmp_path / "cut/predictions.jsonl"
     whole = path.read_bytes()
-    path.write_bytes(b"".join(line.replace(b'"js": ', b'"js": 1') for line in whole.splitlines(True)[:3]))
+    path.write_bytes(b"".join(whole.splitlines(True)[:3]))
     with workdir.lock(tmp_path / "cut"), pytest.raises(ConfigError, match="in use by pid"):
         bench.collect(tmp_path / "cut")
     bench.collect(tmp_path / "cut")

@@ -1,13 +1,15 @@
 """Settings nobody could mean, and every config file: said at once, in one line, before anything is read. F21 to F26."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
-from ambijax import doctor, errors, preflight, rules, settings
+from ambijax import checkpoint, doctor, errors, preflight, rules, settings
 from ambijax.errors import ConfigError, DataError
 from tests.command import ROOT, SMALL, needs_tiny, run
 
@@ -166,10 +168,32 @@ def test_a_misspelt_or_missing_key_in_a_file_is_found():
     ]
 
 
+def test_a_run_of_the_first_version_is_read_as_it_was(tmp_path):
+    """Its config.json knows no later key. A new key without a line in `rules.ADDED` fails here."""
+    shutil.copy(Path(__file__).with_name("first_version.json"), tmp_path / "config.json")
+    config = settings.load(tmp_path)
+    assert (config.model.cache, config.eval.every, config.tracker) == ("float", 0, "")
+    now = settings.parse(["train", "--config=configs/grpoz.py:tiny", "--workdir=w"])[0]
+    assert {*flatten_dict(config.to_dict())} == {*flatten_dict(now.to_dict())}
+    checkpoint.check_meta(json.loads((tmp_path / "config.json").read_text()), config.to_dict(), tmp_path)
+    other = config.to_dict()
+    other["model"]["cache"] = "int8"
+    with pytest.raises(ConfigError, match=r"model\.cache is 'float' in the checkpoint and 'int8' in this run"):
+        checkpoint.check_meta(json.loads((tmp_path / "config.json").read_text()), other, tmp_path)
+
+
+def test_a_run_of_a_later_version_is_refused_with_what_to_do(tmp_path):
+    later = json.loads(Path(__file__).with_name("first_version.json").read_text()) | {"curiosity": 1}
+    (tmp_path / "config.json").write_text(json.dumps(later))
+    with pytest.raises(ConfigError, match=r"unknown key curiosity; .* version of ambijax that .*env\.json names"):
+        settings.load(tmp_path)
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "dpo", "grpo", "grpoz"])
 @pytest.mark.parametrize("value", [None, "0", [], {}, True, float("nan"), -1, 10**30, "\0", ["a", 1]])
-def test_any_value_of_any_key_is_accepted_or_named(value):
+def test_any_value_of_any_key_is_accepted_or_named(value, algorithm):
     """Nothing that JSON can hold makes the check itself fail."""
-    whole = settings.parse(["train", "--config=configs/grpoz.py:tiny", "--workdir=w"])[0].to_dict()
+    whole = settings.parse(["train", f"--config=configs/{algorithm}.py:tiny", "--workdir=w"])[0].to_dict()
     for section, key in [(s, k) for s, part in whole.items() for k in (part if isinstance(part, dict) else [None])]:
         changed = json.loads(json.dumps(whole))
         if key is None:
