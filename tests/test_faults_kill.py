@@ -39,7 +39,7 @@ from tests.command import (
 )
 
 pytestmark = [needs_tiny, pytest.mark.slow]
-KILLED, SIGNALLED, DAMAGED = 20, 10, 10  # starts of each algorithm that are killed, signalled, damaged after
+KILLED, SIGNALLED, DAMAGED = 20, 8, 6  # starts of each algorithm that are killed, signalled, damaged after
 STEPS = 8
 SHORT = [
     f"--config.steps={STEPS}",
@@ -133,9 +133,9 @@ DAMAGE = {
 
 
 def _damage(workdir: Path, dice: random.Random) -> set[str]:
-    """Damages two files of a run, whichever, and names them."""
+    """Damages three files of a run, whichever, and names them."""
     files = sorted(path for path in workdir.rglob("*") if path.is_file() and path.stat().st_size)
-    chosen = dice.sample(files, 2)
+    chosen = dice.sample(files, 3)
     for file in chosen:
         DAMAGE[dice.choice([*DAMAGE])](file, file.stat().st_size, dice)
     return {file.relative_to(workdir).as_posix() for file in chosen}
