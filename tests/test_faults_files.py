@@ -7,12 +7,13 @@ import json
 import resource
 import shutil
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from ambijax import assemble, goodput, prompt, settings, train
+from ambijax import assemble, goodput, predictions, prompt, settings, sharding, train
 from ambijax.checkpoint import Checkpoints
 from ambijax.errors import AmbijaxError, ConfigError, DataError
 from ambijax.journal import Lines
@@ -100,6 +101,68 @@ def test_a_file_in_the_place_of_the_checkpoints_is_named(tmp_path):
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(ConfigError, match=f"cannot write to {tmp_path}/checkpoints"):
         Checkpoints(tmp_path / "checkpoints", 2)
+
+
+# Predictions, which an evaluation goes on from.
+
+
+@pytest.fixture
+def predict(tmp_path, monkeypatch):
+    """Predicts seven clips, two at a time and without a model, into `tmp_path`; returns which batches it computed."""
+    computed = []
+
+    def batches(setting, variables, dataset, name, decoding, after, first):
+        for i in range(first, 7, 2):
+            computed.append(i)
+            yield [{"id": f"clip {j}", "reasoning": "\u2028" * 40} for j in range(i, min(i + 2, 7))]
+
+    monkeypatch.setattr(predictions, "_predict", batches)
+    monkeypatch.setattr(predictions, "_origin", lambda *_: {"base": "a1b2"})
+    setting = SimpleNamespace(config=SimpleNamespace(eval=SimpleNamespace(batch_size=2)), mesh=None)
+    monkeypatch.setattr(sharding, "round_up", lambda size, mesh: size)
+
+    def ran() -> list[int]:
+        computed.clear()
+        predictions.collect(setting, {}, range(7), tmp_path, "dev")
+        return list(computed)
+
+    return ran
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "computed"),
+    [
+        ("predictions.jsonl", lambda data: data, []),
+        ("predictions.jsonl", lambda data: data + b'{"id": "cl', []),
+        ("predictions.jsonl", lambda data: data.replace(b"clip 3", b"clip 2"), [0, 2, 4, 6]),
+        ("predictions.jsonl", lambda data: data[:-3], [0, 2, 4, 6]),
+        ("predictions.jsonl", lambda data: bytes(len(data)), [0, 2, 4, 6]),
+        ("predictions.jsonl", lambda data: b"", [0, 2, 4, 6]),
+        ("origin.json", lambda data: data.replace(b"a1b2", b"a1b3"), [0, 2, 4, 6]),
+        ("origin.json", lambda data: data.replace(b'"bytes": ', b'"bytes": -'), [0, 2, 4, 6]),
+        ("origin.json", lambda data: data.replace(b'"bytes": ', b'"bytes": "1", "x": '), [0, 2, 4, 6]),
+        ("origin.json", lambda data: data[:99], [0, 2, 4, 6]),
+        ("origin.json", lambda data: b"[]", [0, 2, 4, 6]),
+        ("origin.json", lambda data: b"\xff", [0, 2, 4, 6]),
+    ],
+)
+def test_predictions_that_are_not_as_they_were_written_are_made_anew(tmp_path, predict, name, harm, computed):
+    assert predict() == [0, 2, 4, 6]
+    whole = (tmp_path / "predictions.jsonl").read_bytes()
+    (tmp_path / name).write_bytes(harm((tmp_path / name).read_bytes()))
+    assert predict() == computed
+    assert (tmp_path / "predictions.jsonl").read_bytes() == whole
+
+
+def test_a_full_disk_ends_an_evaluation_in_one_line_and_it_goes_on(tmp_path, predict):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, hard))
+    try:
+        with pytest.raises(ConfigError, match=f"cannot write {tmp_path}/predictions.jsonl: .*; make room and start"):
+            predict()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert predict() == [4, 6]
 
 
 # The account of a run's time.
