@@ -1,6 +1,6 @@
 """The processes of a run: how they find each other, which one writes, and how they stop together.
 
-    one machine                      a cluster of one, on a free port of the loopback
+    one process                      nobody to find
     SLURM, TPU VM, GKE, Open MPI     as `jax.distributed` detects them
     anything else                    JAX_COORDINATOR_ADDRESS=host:port JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0
 
@@ -65,13 +65,11 @@ def cluster(heartbeat: int, start: int) -> Iterator[None]:
 
 
 def connect(heartbeat: int, start: int) -> None:
-    """`jax.distributed.initialize` with what the environment says, or as a cluster of one; a second call does nothing.
+    """`jax.distributed.initialize` with what the environment says; a process that is alone joins nothing.
 
     Raises:
       ConfigError: the others are not there in time, or the description of the cluster is incomplete.
     """
-    if jax.distributed.is_initialized():
-        return
     # jax's own heartbeat aborts without a name, between half its time-out and all of it: ours comes before.
     common = {"heartbeat_timeout_seconds": 2 * heartbeat + 10, "initialization_timeout": start}
     jax.config.update("jax_check_proxy_envs", False)  # dealt with by _no_proxy
@@ -79,21 +77,18 @@ def connect(heartbeat: int, start: int) -> None:
         if (place := _given()) is not None:
             _no_proxy(place["coordinator_address"])
             jax.distributed.initialize(**place, **common)
-        elif not _detected(common):
-            alone = f"127.0.0.1:{_free_port()}"
-            _no_proxy(alone)
-            jax.config.update("jax_enable_preemption_service", False)  # `signals` acts at once, also while XLA compiles
-            jax.distributed.initialize(
-                alone, 1, 0, coordinator_bind_address=alone, cluster_detection_method="deactivate", **common
-            )
+        else:
+            _detect(common)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise errors.ConfigError(f"the processes of this run did not find each other in {start} s: {reason}") from None
     state = distributed.global_state
-    if state.num_processes == 1:
-        signals.catch()
-    else:
+    if state.num_processes > 1:
         print(f"{_name()} of {state.num_processes} joined {state.coordinator_address}")
+        return
+    if jax.distributed.is_initialized():  # a job of one task; its heartbeat would end it after a longer suspension
+        jax.distributed.shutdown()
+    signals.catch()  # acts at once, also while XLA compiles; jax's own would wait
 
 
 def is_main() -> bool:
@@ -106,7 +101,7 @@ def leave_requested() -> bool:
 
     It becomes true after SIGTERM or Ctrl-C to any of them.
     """
-    if not jax.distributed.is_initialized() or distributed.global_state.num_processes == 1:
+    if distributed.global_state.num_processes == 1:
         return signals.wanted()
     if leave := multihost_utils.reached_preemption_sync_point(next(_polls)):
         signals.heard()
@@ -263,15 +258,13 @@ def _given() -> dict | None:
     return {**found, **numbers, "cluster_detection_method": "deactivate"}
 
 
-def _detected(common: dict) -> bool:
-    """Joins the cluster that jax detects; False where there is none."""
+def _detect(common: dict) -> None:
+    """Joins the cluster that jax detects, if it detects one."""
     try:
         jax.distributed.initialize(**common)
     except ValueError as error:
         if "should be defined" not in str(error) and "must be defined" not in str(error):
             raise
-        return False
-    return True
 
 
 def _no_proxy(address: str) -> None:
@@ -279,12 +272,6 @@ def _no_proxy(address: str) -> None:
     host = address.rsplit(":", 1)[0]
     others = os.environ.get("no_grpc_proxy", os.environ.get("no_proxy", ""))  # noqa: SIM112, gRPC's spelling
     os.environ["no_grpc_proxy"] = ",".join(filter(None, (others, host)))  # noqa: SIM112
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _name() -> str:

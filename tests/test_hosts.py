@@ -179,16 +179,27 @@ def test_an_incomplete_cluster_is_named(names, message, monkeypatch):
         hosts.connect(heartbeat=60, start=60)
 
 
-def test_a_proxy_does_not_stand_before_the_loopback():
-    # gRPC asks the proxy even for 127.0.0.1, and a cluster of one would wait five minutes for it.
-    code = "from ambijax import hosts; hosts.connect(heartbeat=60, start=10); import jax; print(jax.process_count())"
-    env = {
-        **os.environ,
-        "http_proxy": "http://127.0.0.1:1",
-        "https_proxy": "http://127.0.0.1:1",
-        "JAX_PLATFORMS": "cpu",
-    }
+def _alone(code: str, **environment: str) -> str:
+    """What a program says that joined a cluster of one process."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", **environment}
+    env |= {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
+    code = "import time, jax; from ambijax import hosts; hosts.connect(heartbeat=1, start=10); " + code
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=100, check=False
     )
-    assert done.stdout.strip() == "1", done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_proxy_does_not_stand_before_the_loopback():
+    # gRPC asks the proxy even for 127.0.0.1, and would wait five minutes for it.
+    proxy = "http://127.0.0.1:1"
+    assert _alone("print(jax.process_count())", http_proxy=proxy, https_proxy=proxy) == "1"
+
+
+def test_a_process_alone_has_no_heartbeat_to_miss():
+    """A laptop that sleeps, a job that the scheduler suspends: jax's heartbeat would end it when it wakes."""
+    assert _alone("print(jax.distributed.is_initialized(), jax.numpy.ones(3).sum())") == "False 3.0"
