@@ -3,8 +3,8 @@
 #
 #   launch/docker.sh build | run | stop       [--config.KEY=VALUE ...]
 #
-# Needs RUN_ID and IMAGE; run: CONFIG RUNS (a directory) CHECKPOINT (a directory; optional for :tiny). EXTRA=cuda builds
-# for GPUs, GPUS=all gives them to the run. Relative directories are the repository's. SIGTERM to this script is the
+# Needs RUN_ID and IMAGE; run: CONFIG RUNS (a directory) CHECKPOINT and DATA (directories; optional for :tiny). EXTRA=cuda
+# builds for GPUs, GPUS=all gives them to the run. Relative directories are the repository's. SIGTERM to this script is the
 # container's; stop waits two minutes for the checkpoint. DRY_RUN=1 only prints.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,7 +23,11 @@ case $action in
     flags=()
     if [ -n "${CHECKPOINT:-}" ]; then
       mounts+=(-v "$(realpath -m "$CHECKPOINT"):/checkpoint:ro")
-      flags=(--config.model.checkpoint=/checkpoint)
+      flags+=(--config.model.checkpoint=/checkpoint)
+    fi
+    if [ -n "${DATA:-}" ]; then
+      mounts+=(-v "$(realpath -m "$DATA"):/data:ro")
+      flags+=(--config.data.root=/data)
     fi
     train=(docker run --rm --name "$RUN_ID" --stop-timeout 120 ${GPUS:+--gpus "$GPUS"} --user "$(id -u):$(id -g)"
       -e HOME=/tmp -e XDG_CACHE_HOME=/runs/.cache "${mounts[@]}" "$IMAGE"

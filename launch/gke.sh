@@ -4,9 +4,9 @@
 #
 #   launch/gke.sh apply | status | logs | delete
 #
-# Needs RUN_ID; apply: IMAGE CONFIG BUCKET SERVICE_ACCOUNT ACCELERATOR (tpu-v5-lite-podslice) TOPOLOGY (2x4) HOSTS (2)
-# CHIPS_A_HOST (4). The bucket holds checkpoints/Qwen2-Audio-7B-Instruct and the runs; the pods reach it as
-# SERVICE_ACCOUNT, without a key. DRY_RUN=1 prints the manifest and the commands.
+# Needs RUN_ID; apply: IMAGE CONFIG BUCKET DATA SERVICE_ACCOUNT ACCELERATOR (tpu-v5-lite-podslice) TOPOLOGY (2x4)
+# HOSTS (2) CHIPS_A_HOST (4). The bucket holds checkpoints/Qwen2-Audio-7B-Instruct, the corpus at DATA (data/cremad) and
+# the runs; the pods reach it as SERVICE_ACCOUNT, without a key. DRY_RUN=1 prints the manifest and the commands.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
@@ -16,7 +16,7 @@ valid_run_id
 manifest() {
   local text name
   text=$(cat launch/gke.yaml)
-  for name in RUN_ID IMAGE CONFIG BUCKET SERVICE_ACCOUNT ACCELERATOR TOPOLOGY HOSTS CHIPS_A_HOST; do
+  for name in RUN_ID IMAGE CONFIG BUCKET DATA SERVICE_ACCOUNT ACCELERATOR TOPOLOGY HOSTS CHIPS_A_HOST; do
     text=${text//"\${$name}"/"${!name}"}
   done
   printf '%s\n' "$text"
@@ -24,7 +24,7 @@ manifest() {
 
 case ${1:-} in
   apply)
-    need IMAGE CONFIG BUCKET SERVICE_ACCOUNT ACCELERATOR TOPOLOGY HOSTS CHIPS_A_HOST
+    need IMAGE CONFIG BUCKET DATA SERVICE_ACCOUNT ACCELERATOR TOPOLOGY HOSTS CHIPS_A_HOST
     [ -z "${DRY_RUN:-}" ] || manifest
     run kubectl apply -f - < <(manifest) ;;
   status) run kubectl get jobset,pods -l "jobset.sigs.k8s.io/jobset-name=$RUN_ID" ;;

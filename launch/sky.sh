@@ -3,7 +3,7 @@
 #
 #   launch/sky.sh launch | status | logs | cancel
 #
-# Needs RUN_ID; launch: CONFIG BUCKET (s3://... or gs://...). DRY_RUN=1 only prints.
+# Needs RUN_ID; launch: CONFIG BUCKET (s3://... or gs://...) DATA (the corpus in it, data/cremad). DRY_RUN=1 only prints.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
@@ -18,13 +18,13 @@ runs() {
 
 case ${1:-} in
   launch)
-    need CONFIG BUCKET
+    need CONFIG BUCKET DATA
     if [ -z "${DRY_RUN:-}" ] && runs; then
       echo "$RUN_ID runs already" >&2
       exit 0
     fi
     run sky jobs launch launch/sky.yaml --name "$RUN_ID" --env RUN_ID="$RUN_ID" --env CONFIG="$CONFIG" \
-      --env BUCKET="$BUCKET" --detach-run --yes ;;
+      --env BUCKET="$BUCKET" --env DATA="$DATA" --detach-run --yes ;;
   status) run sky jobs queue ;;
   logs) run sky jobs logs --name "$RUN_ID" ;;
   cancel) run sky jobs cancel --name "$RUN_ID" --yes ;;

@@ -9,8 +9,9 @@
 # babysit  all of the above, and again after every preemption, until the run ends by itself
 #
 # Needs PROJECT ZONE ACCELERATOR (v5litepod-8) RUNTIME (v2-alpha-tpuv5-lite) RUN_ID; setup: REPOSITORY REVISION BUCKET;
-# run: CONFIG CHECKPOINT. SPOT=1 for preemptible chips. BUCKET should have a hierarchical namespace: renaming a
-# directory is atomic there. Credentials are those of the hosts' service account. DRY_RUN=1 only prints.
+# run: CONFIG CHECKPOINT, and where the corpus is: --config.data.root=/home/ME/runs/data/cremad. SPOT=1 for preemptible
+# chips. BUCKET should have a hierarchical namespace: renaming a directory is atomic there. Credentials are those of the
+# hosts' service account. DRY_RUN=1 only prints.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
@@ -38,7 +39,8 @@ setup() {
   on all "set -e
     [ -d ambijax ] || git clone -q $(printf %q "$REPOSITORY") ambijax
     cd ambijax && git fetch -q && git checkout -q $(printf %q "$REVISION")
-    [ -d .venv ] || python3 -m venv .venv
+    python3 -m venv .venv-uv && .venv-uv/bin/pip install -q uv # the image's own Python may be older than 3.11
+    [ -d .venv ] || .venv-uv/bin/uv venv -q --seed --python 3.12 .venv
     .venv/bin/pip install -q -e '.[tpu]'
     mkdir -p ~/runs
     mountpoint -q ~/runs || gcsfuse --implicit-dirs $(printf %q "$BUCKET") ~/runs"

@@ -31,6 +31,7 @@ GKE = {
     "IMAGE": "registry/ambijax:1",
     "CONFIG": "configs/grpoz.py",
     "BUCKET": "bucket",
+    "DATA": "data/cremad",
     "SERVICE_ACCOUNT": "trainer",
     "ACCELERATOR": "tpu-v5-lite-podslice",
     "TOPOLOGY": "2x4",
@@ -92,7 +93,7 @@ def test_shellcheck(script):
         ("slurm.sbatch", (), {"CONFIG": "configs/sft.py", "RUN_ID": "a"}, "srun "),
         ("tpu.sh", ("babysit",), TPU, "queued-resources create grpoz-0"),
         ("gke.sh", ("apply",), GKE, "kubectl apply"),
-        ("sky.sh", ("launch",), {"RUN_ID": "a", "CONFIG": "c", "BUCKET": "gs://b"}, "sky jobs launch"),
+        ("sky.sh", ("launch",), {"RUN_ID": "a", "CONFIG": "c", "BUCKET": "gs://b", "DATA": "d"}, "--env DATA=d"),
         ("docker.sh", ("run",), {"RUN_ID": "a", "IMAGE": "i", "CONFIG": "c", "RUNS": "/r"}, "docker run"),
     ],
 )
@@ -104,7 +105,7 @@ def test_a_dry_run_prints_and_does_nothing(script, arguments, variables, shown, 
 
 
 DOCKER = {"RUN_ID": "a", "IMAGE": "i", "CONFIG": "c", "RUNS": "/r"}
-SKY = {"RUN_ID": "a", "CONFIG": "c", "BUCKET": "gs://b"}
+SKY = {"RUN_ID": "a", "CONFIG": "c", "BUCKET": "gs://b", "DATA": "data/cremad"}
 ACTIONS = [("tpu.sh", a, TPU) for a in ("create", "setup", "run", "logs", "status", "babysit", "delete")]
 ACTIONS += [("gke.sh", a, GKE) for a in ("apply", "status", "logs", "delete")]
 ACTIONS += [("sky.sh", a, SKY) for a in ("launch", "status", "logs", "cancel")]
@@ -145,8 +146,8 @@ def test_what_is_missing_is_named(script, arguments, missing, fakes, tmp_path):
         ("tpu.sh", "setup", "REPOSITORY REVISION BUCKET"),
         ("tpu.sh", "run", "CONFIG CHECKPOINT"),
         ("tpu.sh", "babysit", "ACCELERATOR RUNTIME REPOSITORY REVISION BUCKET CONFIG CHECKPOINT"),
-        ("gke.sh", "apply", "IMAGE CONFIG BUCKET SERVICE_ACCOUNT ACCELERATOR TOPOLOGY HOSTS CHIPS_A_HOST"),
-        ("sky.sh", "launch", "CONFIG BUCKET"),
+        ("gke.sh", "apply", "IMAGE CONFIG BUCKET DATA SERVICE_ACCOUNT ACCELERATOR TOPOLOGY HOSTS CHIPS_A_HOST"),
+        ("sky.sh", "launch", "CONFIG BUCKET DATA"),
         ("docker.sh", "run", "CONFIG RUNS"),
     ],
 )
@@ -195,7 +196,7 @@ def test_a_container_gets_sigterm_and_absolute_directories(tmp_path):
     docker.parent.mkdir()
     docker.write_text(TRAINING.replace(">> st", f">> {tmp_path}/st").replace("started $JAX_PROCESS_ID", "$*"))
     docker.chmod(0o755)
-    variables = DOCKER | {"RUNS": str(tmp_path / "sub" / ".." / "runs"), "CHECKPOINT": "weights"}
+    variables = DOCKER | {"RUNS": str(tmp_path / "sub" / ".." / "runs"), "CHECKPOINT": "weights", "DATA": "corpus"}
     environment = {**os.environ, **variables, "PATH": f"{docker.parent}:{os.environ['PATH']}"}
     process = subprocess.Popen(["bash", str(LAUNCH / "docker.sh"), "run"], env=environment)
     while not (tmp_path / "started").exists():
@@ -205,6 +206,8 @@ def test_a_container_gets_sigterm_and_absolute_directories(tmp_path):
     call = (tmp_path / "started").read_text()
     assert f"-v {tmp_path}/runs:/runs " in call
     assert f"-v {LAUNCH.parent}/weights:/checkpoint:ro " in call
+    assert f"-v {LAUNCH.parent}/corpus:/data:ro " in call
+    assert call.split()[-2:] == ["--config.model.checkpoint=/checkpoint", "--config.data.root=/data"]
     assert (tmp_path / "runs").is_dir()
 
 
@@ -300,7 +303,7 @@ def test_manifests_parse(fakes, tmp_path):
     job = yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert (job["parallelism"], job["completions"], job["backoffLimit"]) == (2, 2, 0)
     pod = job["template"]["spec"]
-    assert "--workdir=/runs/grpoz-0" in pod["containers"][0]["args"]
+    assert {"--workdir=/runs/grpoz-0", "--config.data.root=/runs/data/cremad"} <= {*pod["containers"][0]["args"]}
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
     sky = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
     assert sky["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
