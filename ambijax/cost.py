@@ -178,21 +178,22 @@ class Compiled:
             results = min(results, sum(sum(_sizes(inner[u.operands[1]])) for u in updates))
         return results + sum(moved)
 
-    def _read(self, parameter: str, body: list[_Instruction], size: int) -> int:
+    def _read(self, value: str, body: list[_Instruction], size: int) -> int:
         """Bytes of an operand that a fusion touches: of one that it only slices, the slices."""
-        users = [i for i in body if parameter in i.operands]
         total = 0
-        for i in users:
+        for i in (i for i in body if value in i.operands):
             if i.opcode == "bitcast":
                 total += self._read(i.name, body, size)
             elif i.opcode == "fusion":  # one inside another
                 inner = self.computations[i.called("calls")]
                 names = {int(p.rest): p.name for p in inner if p.opcode == "parameter"}
-                taken = [names[n] for n, name in enumerate(i.operands) if name == parameter]
+                taken = [names[n] for n, name in enumerate(i.operands) if name == value]
                 total += sum(self._read(name, inner, size) for name in taken)
-            elif i.opcode in ("dynamic-slice", "slice", "gather") and i.operands[0] == parameter:
+                if any(_passes(name, inner) for name in taken):
+                    total += self._read(i.name, body, size)
+            elif i.opcode in ("dynamic-slice", "slice", "gather") and i.operands[0] == value:
                 total += sum(_sizes(i.shape))
-            elif i.opcode != "dynamic-update-slice" or i.operands[0] != parameter:
+            elif i.opcode != "dynamic-update-slice" or i.operands[0] != value:
                 return size
         return total
 
@@ -200,6 +201,15 @@ class Compiled:
         if not hasattr(self, "_home"):
             self._home = {id(i): inside for inside in self.computations.values() for i in inside}
         return self._home[id(wanted)]
+
+
+def _passes(value: str, body: list[_Instruction]) -> bool:
+    """Whether a fusion gives an operand back as it is, in another shape: whoever takes its result reads it."""
+    shapes = {i.name: i.operands[0] for i in body if i.opcode == "bitcast"}
+    name = body[-1].name  # the root
+    while name in shapes:
+        name = shapes[name]
+    return name == value
 
 
 def _instruction(name: str, text: str) -> _Instruction:

@@ -180,10 +180,11 @@ def _shape(checkpoint: str) -> tuple[model_config.Qwen2AudioConfig, str]:
 
 
 def sweep(case: Case, start: dict) -> Iterator[str]:
-    """For batch, K and completion length: the largest of the configured value times 1, 2, 4, ... that fits.
+    """For batch, K and completion length, one at a time: the largest that fits, and what the next larger one lacks.
 
-    Memory is nearly linear in each. So the tightest program is compiled at twice the value, which foretells the end of
-    the doubling; all programs are compiled there, and the tightest at the next doubling, which must not fit.
+    Memory is nearly linear in each. So the tightest program is compiled at twice the value, which foretells the last
+    doubling that fits; all programs are compiled there, the tightest at the next one, which must not fit, and then
+    halfway between the two until they are no more than a quarter apart.
 
     Args:
       case: the configuration.
@@ -199,34 +200,53 @@ def sweep(case: Case, start: dict) -> Iterator[str]:
         return
     setting, _ = _prepared(case)
     before = {p.name: p for p in _programs(case, setting)}
+    split = setting.mesh.shape["data"] * setting.mesh.shape["fsdp"] * case.config.optim.accumulate
     for key in ("data.batch_size", *SWEPT[case.config.algorithm], "data.max_tokens"):
         spares = functools.partial(_spares, case, key, before, tightest["name"])
-        ends = functools.cache(functools.partial(_ends, case, key, spares))
-        growth = room - next(spares(2))[1]
-        times = 2 ** int(math.log2(1 + room / max(growth, 1)))
-        while times > 1 and ends(times):
-            times //= 2
-        while not ends(2 * times):
-            times *= 2
-        yield f"{key} up to {times * _get(case.config, key)}: {ends(2 * times)}"
+        fits, larger, lacks = _largest(case, key, split if key == "data.batch_size" else 1, room, spares)
+        yield f"{key} up to {fits}: {larger} {lacks}"
 
 
-def _ends(case: Case, key: str, spares: Callable[[int], Iterator[tuple[str, float]]], times: int) -> str:
-    """Why a multiple of a key's value will not do; '' when it does."""
-    value = times * _get(case.config, key)
+def _largest(
+    case: Case, key: str, unit: int, room: float, spares: Callable[[int], Iterator[tuple[str, float]]]
+) -> tuple[int, int, str]:
+    """The largest value of a key that fits, the next one that was tried, and why that will not do.
+
+    Args:
+      case, key: what is changed.
+      unit: values are multiples of it.
+      room: bytes left in the tightest program as configured.
+      spares: see `_spares`.
+    """
+    ends = functools.cache(functools.partial(_ends, key, spares))
+    configured = _get(case.config, key)
+    growth = room - next(spares(2 * configured))[1]
+    fits = configured * 2 ** int(math.log2(1 + room / max(growth, 1)))
+    while fits > configured and ends(fits):
+        fits //= 2
+    fails = 2 * fits
+    while not ends(fails):
+        fits, fails = fails, 2 * fails
+    while fails - fits > fits // 4 and (half := (fails - fits) // 2 // unit * unit):
+        fits, fails = (fits, fits + half) if ends(fits + half) else (fits + half, fails)
+    return fits, fails, ends(fails)
+
+
+def _ends(key: str, spares: Callable[[int], Iterator[tuple[str, float]]], value: int) -> str:
+    """Why a key's value will not do; '' when it does."""
     if not rules.RULES[key].holds(value):
-        return f"{key} must be {rules.RULES[key].what}"
-    for name, spare in spares(times):
+        return f"is not allowed: {key} must be {rules.RULES[key].what}"
+    for name, spare in spares(value):
         if spare < 0:
-            return f"{value} needs {-spare / planned.GIB:.1f} GiB more in {name}"
+            return f"needs {-spare / planned.GIB:.1f} GiB more in {name}"
     return ""
 
 
 def _spares(
-    case: Case, key: str, before: dict[str, programs.Program], tightest: str, times: int
+    case: Case, key: str, before: dict[str, programs.Program], tightest: str, value: int
 ) -> Iterator[tuple[str, float]]:
-    """Bytes left in each program that a multiple of a key's value changes, the tightest first."""
-    changed = dataclasses.replace(case, config=_set(case.config, key, times * _get(case.config, key)))
+    """Bytes left in each program that a key's value changes, the tightest first."""
+    changed = dataclasses.replace(case, config=_set(case.config, key, value))
     setting, about = _prepared(changed)
     with jax.set_mesh(setting.mesh):
         for program in sorted(_programs(changed, setting), key=lambda p: p.name != tightest):

@@ -259,7 +259,7 @@ def _origin(setting: Setting, variables: dict, dataset: Dataset, decoding: Decod
     if not assemble.trains_base(setting.config):
         variables = {name: tree for name, tree in variables.items() if name != "params"}
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        trained.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+        trained.update(jax.tree_util.keystr(path).encode() + sharding.fetch(leaf).tobytes())
     spoken = [dataclasses.asdict(utterance) for utterance in dataset.utterances]
     return {
         "commit": journal.commit(),

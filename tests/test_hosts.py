@@ -48,8 +48,10 @@ def _environment(process: int, processes: int, port: int, devices: int) -> dict[
         "JAX_NUM_PROCESSES": str(processes),
         "JAX_PROCESS_ID": str(process),
     }
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | (cluster if processes > 1 else {})
+    # XLA gives the others 30 seconds to come to a collective; on fewer cores than processes one may still compile then.
+    patience = [f"--xla_cpu_{what}_timeout_seconds=600" for what in ("collective", "collective_call_terminate")]
+    flags = [f"--xla_force_host_platform_device_count={devices}", *patience]
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)} | (cluster if processes > 1 else {})
 
 
 def _start(arguments: list[str], processes: int, devices: int = 1) -> list[subprocess.Popen]:

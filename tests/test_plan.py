@@ -202,6 +202,32 @@ def test_of_a_stack_of_layers_only_the_layer_is_read():
     assert cost.Compiled(NESTED).traffic() == 2 * 8 * 64 + 4 + 2 * 64 * 4 + 2 * 8 * 4
 
 
+# A fusion inside a fusion only gives its operand another shape; the product behind it reads all of it.
+PASSED = """
+%inner (i0: bf16[64,4]) -> bf16[64,4,1] {
+  %i0 = bf16[64,4]{0,1} parameter(0)
+  ROOT %b = bf16[64,4,1]{0,1,2} bitcast(%i0)
+}
+
+%outer (o0: bf16[8,64], o1: bf16[64,4]) -> bf16[8,4] {
+  %o0 = bf16[8,64]{1,0} parameter(0)
+  %o1 = bf16[64,4]{0,1} parameter(1)
+  %weights = bf16[64,4,1]{0,1,2} fusion(%o1), kind=kLoop, calls=%inner
+  ROOT %product = bf16[8,4]{1,0} convolution(%o0, %weights), window={size=1}, dim_labels=bf0_io0->bf0
+}
+
+ENTRY %main (x: bf16[8,64], w: bf16[64,4]) -> bf16[8,4] {
+  %x = bf16[8,64]{1,0} parameter(0)
+  %w = bf16[64,4]{0,1} parameter(1)
+  ROOT %f = bf16[8,4]{1,0} fusion(%x, %w), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_weights_that_pass_through_an_inner_fusion_are_read():
+    assert cost.Compiled(PASSED).traffic() == 2 * (8 * 64 + 64 * 4 + 8 * 4)
+
+
 def _program(**changes) -> dict:
     base = dict.fromkeys(("weights", "adapters", "optimizer", "batch", "cache", "temporaries", "results"), 0)
     return {"name": "update", "prompts": 4, "completions": 8, "flops": 1, "model_flops": 1, **base, **changes}
@@ -275,7 +301,7 @@ def _memory(_, setting, program):
     return {**_program(temporaries=size), "name": program.name}
 
 
-def test_a_sweep_finds_the_last_doubling_that_fits_and_compiles_little(monkeypatch, tmp_path):
+def test_a_sweep_finds_the_largest_that_fits_and_compiles_little(monkeypatch, tmp_path):
     compiled = []
     monkeypatch.setattr(plan, "measure", lambda *a: compiled.append((a[2].name, a[2].prompts)) or _memory(*a))
     monkeypatch.setitem(chips.CHIPS, "cpu", chips.CHIPS["TPU v5 lite"])  # 15.75 GiB
@@ -283,12 +309,26 @@ def test_a_sweep_finds_the_last_doubling_that_fits_and_compiles_little(monkeypat
     case = plan.Case(_config("grpoz.py:tiny", *keys), "", "", 256, 96, tmp_path)
     start = plan.run(case)
     compiled.clear()
-    # 8 x 8 x 256 tokens are 16 thousand; 13.75 GiB hold 880 thousand, so 32 times as many do and 64 times do not.
+    # 8 x 8 x 256 tokens are 16 thousand; 13.75 GiB hold 880 thousand: 55 times as many, so 48 times fit and 56 do not.
     lines = list(plan.sweep(case, start))
-    assert lines[0] == "data.batch_size up to 256: 512 needs 2.2 GiB more in roll-out"
-    assert [line.split(":")[0] for line in lines[1:]] == ["grpo.samples up to 256", "data.max_tokens up to 8192"]
-    ends = [("roll-out", 16), ("roll-out", 256), ("reference", 256), ("update", 256), ("roll-out", 512)]
-    assert compiled[:5] == ends, "encoding and evaluation do not change with the batch"
+    assert lines[0] == "data.batch_size up to 384: 448 needs 0.2 GiB more in roll-out"
+    assert [line.split(":")[0] for line in lines[1:]] == ["grpo.samples up to 384", "data.max_tokens up to 12288"]
+    three = ("roll-out", "reference", "update")
+    ends = [("roll-out", 16), *((p, 256) for p in three), ("roll-out", 512), *((p, 384) for p in three)]
+    assert compiled[:9] == [*ends, ("roll-out", 448)], "encoding and evaluation do not change with the batch"
+
+
+def _updates(_, __, program) -> bool:
+    return program.name == "update"
+
+
+def test_a_sweep_tries_only_batches_that_the_mesh_can_split(monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "measure", lambda *a: {**_memory(*a), "temporaries": a[2].prompts * GIB * _updates(*a)})
+    monkeypatch.setitem(chips.CHIPS, "cpu", chips.CHIPS["TPU v5 lite"])
+    keys = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "data.batch_size=8", "eval.batch_size=4")
+    case = plan.Case(_config("sft.py:tiny", *keys), "", "", 256, 96, tmp_path)
+    line = next(plan.sweep(case, plan.run(case)))
+    assert line == "data.batch_size up to 12: 16 needs 0.2 GiB more in update"
 
 
 def test_a_sweep_of_what_does_not_fit_names_the_key(monkeypatch, tmp_path):
@@ -362,3 +402,8 @@ def test_a_topology_without_a_tpu(tmp_path):
     result = plan.run(case)
     assert result["about"]["model"] == "Qwen2-Audio-7B as published"
     assert all(planned.spare(p, result["about"]) > 0 for p in result["programs"])
+    # Each of 256 tokens meets every matrix of the decoder, the prompts' keys and values and the slots of the samples'.
+    matrices = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 156032 * 4096)
+    cached = 4 * (224 + 8 * 256) * 2**19
+    roll_out = next(p for p in result["programs"] if p["name"] == "roll-out")
+    assert 1 < roll_out["traffic"] / (256 * (matrices + cached) / 8) < 1.3
