@@ -161,12 +161,19 @@ class _Watch:
         self._heard = dict.fromkeys(range(state.num_processes), time.monotonic())
         self._write("who", _name())
         signals.share(linger=2 * self.period * is_main())  # the store lives in process 0
-        for job in (self._beat, self._judge):
-            threading.Thread(target=job, name=f"watch{job.__name__}", daemon=True).start()
+        self._over = threading.Event()
+        jobs = (self._beat, self._judge)
+        self._threads = [threading.Thread(target=job, name=f"watch{job.__name__}", daemon=True) for job in jobs]
+        for thread in self._threads:
+            thread.start()
 
     def done(self) -> None:
-        """This process ends as it should: whoever is still busy must not miss it."""
+        """This process ends as it should: whoever is still busy must not miss it. Waits for them, watching."""
         self._write("left", "done")
+        jax.distributed.shutdown()
+        self._over.set()
+        for thread in self._threads:  # Python aborts when it ends while one is inside the store's client
+            thread.join()
 
     def leave(self, error: BaseException) -> None:
         """Tells the others, and ends this process without waiting for them. Does not return."""
@@ -204,7 +211,8 @@ class _Watch:
             self._seen = found
             if not signals.wanted() and self._preempted():
                 signals.ask()
-            time.sleep(self.period)
+            if self._over.wait(self.period):
+                return
 
     def _preempted(self) -> bool:
         try:
@@ -213,8 +221,7 @@ class _Watch:
             return False
 
     def _judge(self) -> None:
-        while True:
-            time.sleep(self.period)
+        while not self._over.wait(self.period):
             now, seen = time.monotonic(), self._seen
             for process in set(self._heard) - {self._me}:
                 who = seen.get(f"ambijax/who/{process}", f"process {process}")

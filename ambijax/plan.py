@@ -183,8 +183,8 @@ def sweep(case: Case, start: dict) -> Iterator[str]:
     """For batch, K and completion length, one at a time: the largest that fits, and what the next larger one lacks.
 
     Memory is nearly linear in each. So the tightest program is compiled at twice the value, which foretells the last
-    doubling that fits; all programs are compiled there, the tightest at the next one, which must not fit, and then
-    halfway between the two until they are no more than a quarter apart.
+    doubling that fits; it is compiled there, at the next one, which must not fit, and then halfway between the two
+    until they are no more than a quarter apart. Of the others, those are compiled that could fail, see `_most`.
 
     Args:
       case: the configuration.
@@ -199,7 +199,8 @@ def sweep(case: Case, start: dict) -> Iterator[str]:
         yield f"the configuration itself does not fit: {planned.verdict(tightest, start['about'])}"
         return
     setting, _ = _prepared(case)
-    before = {p.name: p for p in _programs(case, setting)}
+    programs_before = {p.name: p for p in _programs(case, setting)}
+    before = {p["name"]: (programs_before[p["name"]], p) for p in start["programs"]}
     split = setting.mesh.shape["data"] * setting.mesh.shape["fsdp"] * case.config.optim.accumulate
     for key in ("data.batch_size", *SWEPT[case.config.algorithm], "data.max_tokens"):
         spares = functools.partial(_spares, case, key, before, tightest["name"])
@@ -243,15 +244,23 @@ def _ends(key: str, spares: Callable[[int], Iterator[tuple[str, float]]], value:
 
 
 def _spares(
-    case: Case, key: str, before: dict[str, programs.Program], tightest: str, value: int
+    case: Case, key: str, before: dict[str, tuple[programs.Program, dict]], tightest: str, value: int
 ) -> Iterator[tuple[str, float]]:
-    """Bytes left in each program that a key's value changes, the tightest first."""
+    """Bytes left in each program that a key's value could make too large, the tightest first."""
     changed = dataclasses.replace(case, config=_set(case.config, key, value))
     setting, about = _prepared(changed)
     with jax.set_mesh(setting.mesh):
         for program in sorted(_programs(changed, setting), key=lambda p: p.name != tightest):
-            if program.name == tightest or not _alike(program, before[program.name]):
+            same, found = before[program.name]
+            fits = _alike(program, same) or _most(found, value / _get(case.config, key)) < about["chip"]["memory"]
+            if program.name == tightest or not fits:
                 yield program.name, planned.spare(measure(changed, setting, program), about)
+
+
+def _most(found: dict, times: float) -> float:
+    """Bytes a chip, at most, when a key grows: nothing does so faster than attention's scores with the length."""
+    held = found["weights"] + found["adapters"] + found["optimizer"]
+    return held + (planned.total(found) - held) * times**2
 
 
 def _alike(a: programs.Program, b: programs.Program) -> bool:

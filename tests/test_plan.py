@@ -331,6 +331,30 @@ def test_a_sweep_tries_only_batches_that_the_mesh_can_split(monkeypatch, tmp_pat
     assert line == "data.batch_size up to 12: 16 needs 0.2 GiB more in update"
 
 
+def test_a_sweep_compiles_no_program_that_has_room_to_spare(monkeypatch, tmp_path):
+    compiled = []
+    sizes = {"update": 1.0, "roll-out": 0.5, "reference": 0.1}  # GiB a prompt: 16 at most, for roll-outs 32
+    monkeypatch.setattr(
+        plan,
+        "measure",
+        lambda _, __, p: (
+            compiled.append((p.name, p.prompts))
+            or {**_program(temporaries=int(sizes.get(p.name, 0) * p.prompts * GIB)), "name": p.name}
+        ),
+    )
+    monkeypatch.setitem(chips.CHIPS, "cpu", chips.CHIPS["TPU v5 lite"])
+    case = plan.Case(_config("grpoz.py:tiny", "data.batch_size=8"), "", "", 256, 96, tmp_path)
+    start = plan.run(case)
+    compiled.clear()
+    # A roll-out of 8 takes 4 GiB: of 16 perhaps 16, if it grew with the square, and so it is compiled there.
+    assert next(plan.sweep(case, start)) == "data.batch_size up to 8: 16 needs 0.2 GiB more in update"
+    assert compiled == [("update", 16)] * 2  # kept after the first
+    sizes["update"] = 0.9
+    compiled.clear()
+    assert next(plan.sweep(case, plan.run(case))).startswith("data.batch_size up to 16: 24 needs 5.")
+    assert compiled[5:] == [("update", 16), ("update", 16), ("roll-out", 16), ("update", 32), ("update", 24)]
+
+
 def test_a_sweep_of_what_does_not_fit_names_the_key(monkeypatch, tmp_path):
     monkeypatch.setattr(
         plan, "measure", lambda _, __, program: {**_program(temporaries=17 * GIB), "name": program.name}
