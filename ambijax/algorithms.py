@@ -164,12 +164,15 @@ def _group(
     sampled = np.arange(advantages.shape[1]) < np.full((len(advantages), 1), c.samples)
     host = {"loss_mask": loss_mask, "advantages": advantages.astype(np.float32), "sampled": sampled}
     on_device = sharding.place(completions, setting.mesh)
-    logp_old = logp_ref = sharding.place(np.zeros(completions.mask.shape, np.float32), setting.mesh)
+    without_gold = jax.tree.map(lambda x: x[:, : c.samples], completions)
+    logp_old, logp_ref = sharding.place(
+        [np.zeros(x.mask.shape, np.float32) for x in (completions, without_gold)], setting.mesh
+    )
     if c.updates > 1:
         logp_old = setting.score(variables, placed.prompt, on_device, {}, c.temperature).logp
-    if c.beta_kl > 0:
-        reference = {"params": variables["params"]}
-        logp_ref = setting.score(reference, placed.prompt, on_device, {}, c.temperature).logp
+    if c.beta_kl > 0:  # to the reference, of what was sampled
+        reference, given = {"params": variables["params"]}, sharding.place(without_gold, setting.mesh)
+        logp_ref = setting.score(reference, placed.prompt, given, {}, c.temperature).logp
     mine = sharding.place(host, setting.mesh)
     return Group(
         prompt=placed.prompt,
@@ -205,7 +208,8 @@ def group_loss(setting: Setting, variables: dict, collected: Group, rngs: dict) 
         shaped = losses.shaped_imitation(scores.logp, collected.advantages, c.grpo.gold_gamma)
         per_token = jnp.where(collected.sampled[..., None], per_token, shaped)
     if c.grpo.beta_kl > 0:
-        to_reference = jnp.where(collected.sampled[..., None], losses.k3(scores.logp, collected.logp_ref), 0.0)
+        k3 = losses.k3(scores.logp[:, : c.grpo.samples], collected.logp_ref)
+        to_reference = jnp.pad(k3, ((0, 0), (0, scores.logp.shape[1] - c.grpo.samples), (0, 0)))  # none for gold
         aux["kl_to_reference"] = mean(to_reference)
         per_token += c.grpo.beta_kl * to_reference
     loss = losses.aggregate(

@@ -14,12 +14,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ambijax import losses, readout, sharding
+from ambijax import losses, readout, sampling
 from ambijax.model.decoder import Past
 from ambijax.model.qwen2_audio import Qwen2Audio, unstack
 from ambijax.structs import Completions, Prompt, Rollout, Scores
-
-_BLOCK = 256  # words of the vocabulary that are summed before one is drawn from them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +127,6 @@ def anchored(rolled: Rollout, tokens: Tokens) -> Completions:
     )
 
 
-def sample_keys(key: jax.Array, example: jax.Array, samples: int) -> jax.Array:
-    """One PRNG key per completion, [B, G], from (seed and step in `key`, example, sample): batching changes nothing."""
-    one = lambda e, g: jax.random.fold_in(jax.random.fold_in(key, e), g)  # noqa: E731
-    return jax.vmap(lambda e: jax.vmap(lambda g: one(e, g))(jnp.arange(samples)))(example)
-
-
 class _Decoding(NamedTuple):
     """The state of sampling after t tokens."""
 
@@ -159,6 +151,7 @@ class _Writer(NamedTuple):
     head: jax.Array  # [D, V]
     tokens: Tokens
     ends_line: jax.Array  # bool [V]
+    turn: tuple[jax.Array, jax.Array]  # rope's angles of every completion token, [B, 1, N, 1, D / 2] each
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""
@@ -166,8 +159,8 @@ class _Writer(NamedTuple):
 
     def decode(self, token: jax.Array, t: jax.Array, own: Past) -> tuple[jax.Array, Past]:
         """Token t [B, G] to the hidden state [B, G, D] that predicts the next, and `own` with it."""
-        positions = jnp.broadcast_to((self.prefix.length + t)[:, None, None], (*token.shape, 1))
-        given = (token[..., None], positions, self.prefix.past, own, t, self.layers)
+        turn = tuple(jax.lax.dynamic_slice_in_dim(z, t, 1, axis=2) for z in self.turn)
+        given = (token[..., None], turn, self.prefix.past, own, t, self.layers)
         hidden, own = self.model.apply(self.variables, *given, method="decode")
         return hidden[:, :, 0], own
 
@@ -209,8 +202,8 @@ def rollout(
       temperature: 0 decodes greedily.
     """
     prefix = prefill(model, variables, prompt, {})
-    writer = _writer(model, variables, prefix, tokens, ends_line)
-    keys = sample_keys(key, prompt.example, samples)
+    writer = _writer(model, variables, prefix, tokens, ends_line, max_tokens)
+    keys = sampling.completion_keys(key, prompt.example, samples)
 
     def keep_going(s: _Decoding) -> jax.Array:
         has_room = s.t < max_tokens
@@ -219,16 +212,25 @@ def rollout(
 
     def step(s: _Decoding) -> _Decoding:
         logits = writer.logits(s.hidden)
-        token, logp = _draw(logits, keys, s.t, temperature)
+        token, logp = sampling.draw(logits, keys, s.t, temperature)
         return _append(writer, s, logits, token, logp)
 
     return _finish(writer, jax.lax.while_loop(keep_going, step, _start(model, prefix, tokens, *keys.shape, max_tokens)))
 
 
-def _writer(model: Qwen2Audio, variables: dict, prefix: Prefix, tokens: Tokens, ends_line: jax.Array) -> _Writer:
-    prefix = prefix._replace(past=prefix.past.unstacked(model.cache))
+def _writer(
+    model: Qwen2Audio, variables: dict, prefix: Prefix, tokens: Tokens, ends_line: jax.Array, max_tokens: int
+) -> _Writer:
+    positions = prefix.length[:, None, None] + jnp.arange(max_tokens)
     return _Writer(
-        model, variables, unstack(variables), prefix, model.apply(variables, method="head"), tokens, ends_line
+        model=model,
+        variables=variables,
+        layers=unstack(variables),
+        prefix=prefix._replace(past=prefix.past.unstacked(model.cache)),
+        head=model.apply(variables, method="head"),
+        tokens=tokens,
+        ends_line=ends_line,
+        turn=model.apply(variables, positions, method="turn"),
     )
 
 
@@ -278,54 +280,6 @@ def _finish(w: _Writer, s: _Decoding) -> Rollout:
         forced=~own_anchor,
         ended=ended,
     )
-
-
-def _draw(logits: jax.Array, keys: jax.Array, t: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
-    """One token per completion from logits [B, G, V], and its log-probability at the sampling temperature."""
-    if temperature == 0.0:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        log_sum = jax.nn.logsumexp(logits, axis=-1)
-    else:
-        logits = logits / temperature
-        pair = jax.vmap(jax.vmap(lambda key: 1.0 - jax.random.uniform(jax.random.fold_in(key, t), (2,))))
-        token, log_sum = categorical(logits, pair(keys))
-    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
-    return token, chosen - log_sum
-
-
-def categorical(logits: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Inverts the cumulative distribution, first over blocks of the vocabulary, then within one block.
-
-    Two uniform numbers a token, where Gumbel noise takes one for every word of the vocabulary: on a CPU that was half
-    of a roll-out. Two and not one, because the 2^-23 steps of a single one are coarser than the rarest words.
-
-    Args:
-      logits: [..., V].
-      u: uniform in (0, 1], [..., 2].
-
-    Returns:
-      int32 tokens [...], and log sum exp of the logits [...].
-    """
-    size = logits.shape[-1]
-    parts = sharding.split("vocab")  # each holds whole blocks, or all would gather the logits to cut them into blocks
-    blocks = -(-size // (_BLOCK * parts)) * parts
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.pad(jnp.exp(logits - top), [(0, 0)] * (logits.ndim - 1) + [(0, blocks * _BLOCK - size)])
-    weights = weights.reshape(*logits.shape[:-1], blocks, _BLOCK)
-    masses = weights.sum(axis=-1)
-    block = _first_reaching(masses, u[..., 0])
-    within = jnp.take_along_axis(weights, block[..., None, None], axis=-2)[..., 0, :]
-    token = block * _BLOCK + _first_reaching(within, u[..., 1])
-    return token, top[..., 0] + jnp.log(masses.sum(axis=-1))
-
-
-def _first_reaching(weights: jax.Array, u: jax.Array) -> jax.Array:
-    """The first index at which the running sum of weights [..., N] reaches the share u [...] in (0, 1] of the whole.
-
-    An entry of weight zero reaches nothing that was not reached before it, so it is never taken.
-    """
-    running = jnp.cumsum(weights, axis=-1)
-    return jnp.argmax(running >= u[..., None] * running[..., -1:], axis=-1).astype(jnp.int32)
 
 
 def _start(model: Qwen2Audio, prefix: Prefix, tokens: Tokens, b: int, g: int, n: int) -> _Decoding:
@@ -392,12 +346,13 @@ def _advance(
     tokens: Tokens,
     chunk: int,
 ) -> tuple[_Decoding, Rollout]:
-    writer = _writer(model, variables, prefix, tokens, ends_line)
-    until = jnp.minimum(s.t + chunk, s.tokens.shape[-1])
+    max_tokens = s.tokens.shape[-1]
+    writer = _writer(model, variables, prefix, tokens, ends_line, max_tokens)
+    until = jnp.minimum(s.t + chunk, max_tokens)
 
     def step(s: _Decoding) -> _Decoding:
         logits = writer.logits(s.hidden)
-        return _append(writer, s, logits, *_draw(logits, None, s.t, 0.0))
+        return _append(writer, s, logits, *sampling.draw(logits, None, s.t, 0.0))
 
     s = jax.lax.while_loop(lambda s: (s.t < until) & ~jnp.all(s.done), step, s)
     return s, _finish(writer, s)

@@ -97,13 +97,12 @@ def programs(setting: Setting, window: int, text: int) -> Iterator[Program]:
             beside,
         )
     collected = _collected(setting, rows, asked)
-    given = collected.gold if isinstance(collected, Batch) else collected.completions
-    members = given.tokens.shape[1]
     if c.algorithm == "dpo" or (how == "grpo" and c.grpo.beta_kl > 0):
+        members = collected.logp_ref.shape[1]
         yield Program(
             "reference",
             jax.jit(lambda v, p, g: setting.score(v, p, g, {})),
-            ({"params": both["params"]}, asked, given),
+            ({"params": both["params"]}, asked, _completions(setting, rows, part, members)),
             1,
             part,
             members,
@@ -170,9 +169,7 @@ def _collected(setting: Setting, rows: Callable, asked: Prompt) -> Batch | Prefe
     c = setting.config
     b, t, k = asked.tokens.shape[0], c.data.max_tokens, len(c.data.labels)
 
-    def given(g: int) -> Completions:
-        return Completions(rows((b, g, t), jnp.int32), rows((b, g, t), bool), rows((b, g), jnp.int32))
-
+    given = functools.partial(_completions, setting, rows, b)
     target = rows((b, k), jnp.float32)
     if c.algorithm == "sft":
         return Batch(asked, given(1), rows((b, 1, t), bool), target)
@@ -181,7 +178,6 @@ def _collected(setting: Setting, rows: Callable, asked: Prompt) -> Batch | Prefe
         logp = rows((b, 1 + r, t), jnp.float32)
         return Preferences(asked, given(1 + r), rows((b, 1, t), bool), rows((b, r), bool), logp, target)
     g = c.grpo.samples + (c.algorithm == "grpoz")
-    logp = rows((b, g, t), jnp.float32)
     return Group(
         prompt=asked,
         completions=given(g),
@@ -189,11 +185,16 @@ def _collected(setting: Setting, rows: Callable, asked: Prompt) -> Batch | Prefe
         tokens=rows((b,), jnp.float32),
         ce_mask=rows((b, 1, t), bool),
         advantages=rows((b, g), jnp.float32),
-        logp_old=logp,
-        logp_ref=logp,
+        logp_old=rows((b, g, t), jnp.float32),
+        logp_ref=rows((b, c.grpo.samples, t), jnp.float32),
         sampled=rows((b, g), bool),
         target=target,
     )
+
+
+def _completions(setting: Setting, rows: Callable, b: int, g: int) -> Completions:
+    t = setting.config.data.max_tokens
+    return Completions(rows((b, g, t), jnp.int32), rows((b, g, t), bool), rows((b, g), jnp.int32))
 
 
 def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: object) -> jax.ShapeDtypeStruct:

@@ -72,7 +72,7 @@ class Group:
     ce_mask: Array  # bool [B, 1, T], the gold tokens that plain cross entropy covers
     advantages: Array  # float32 [B, G]
     logp_old: Array  # float32 [B, G, T], under the policy that sampled
-    logp_ref: Array  # float32 [B, G, T], under the reference policy
+    logp_ref: Array  # float32 [B, K, T], those sampled under the reference policy
     sampled: Array  # bool [B, G], False for gold: it was not sampled, so it has no KL to the reference
     target: Array  # float32 [B, K]
 

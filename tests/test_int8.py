@@ -177,7 +177,8 @@ def test_a_step_on_a_rounded_cache_is_that_on_the_floats_it_stands_for():
     empty = Past(*(jnp.zeros((3, 2, 4, 3, 5, 8)) for _ in range(2)), jnp.zeros((2, 3, 5), bool))
 
     def step(prompt: Past, own: Past) -> tuple:
-        given = (token, jnp.full((2, 3, 1), 12), prompt, own, slot, layers)
+        turn = model.apply(variables, jnp.full((2, 3, 1), 12), method="turn")
+        given = (token, turn, prompt, own, slot, layers)
         return model.apply(variables, *given, method="decode")
 
     hidden, written = step(rounded, empty.unstacked("int8"))

@@ -16,7 +16,7 @@ LAYERS = [
     ["journal", "goodput"],
     ["audio", "reasoning", "health"],
     ["acoustics", "structs", "sharding", "losses", "metrics", "manifest", "significance", "calibration"],
-    ["optim", "prompt", "teacher", "rewards", "readout", "guard", "bounds", "slices"],
+    ["optim", "prompt", "teacher", "rewards", "readout", "sampling", "guard", "bounds", "slices"],
     ["curation.ledger", "curation.limits", "curation.prompts"],
     ["curation.checks", "curation.client"],
     ["curation.teachers"],

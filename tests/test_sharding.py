@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ambijax import cost, losses, optim, policy, sharding
+from ambijax import cost, losses, optim, policy, sampling, sharding
 from ambijax.errors import ConfigError
 from tests import small
 
@@ -90,11 +90,11 @@ def test_drawing_a_token_gathers_no_logits(shape):
     logits, u = rng.normal(size=(4, 2, words)).astype(np.float32), rng.uniform(0.01, 1, (4, 2, 2)).astype(np.float32)
     with jax.set_mesh(mesh):
         placed = jax.device_put(logits, NamedSharding(mesh, PartitionSpec("fsdp", None, "tensor")))
-        draw = jax.jit(policy.categorical).lower(placed, sharding.place(u, mesh)).compile()
+        draw = jax.jit(sampling.categorical).lower(placed, sharding.place(u, mesh)).compile()
         tokens, _ = draw(placed, sharding.place(u, mesh))
     gathered = [c.payload for c in cost.Compiled(draw.as_text()).collectives() if c.kind == "all-gather"]
     assert sum(gathered) < logits.nbytes / 50, "the masses of the blocks, not the words in them"
-    np.testing.assert_array_equal(tokens, jax.jit(policy.categorical)(logits, u)[0])
+    np.testing.assert_array_equal(tokens, jax.jit(sampling.categorical)(logits, u)[0])
 
 
 def test_large_matrices_are_split_over_fsdp_and_tensor():

@@ -172,7 +172,7 @@ class Decoder(nn.Module):
         """
         flat = lambda z: z.reshape(len(z), -1, *z.shape[3:])  # noqa: E731  [B, G, T, ...] to [B, G T, ...]
         x = jnp.concatenate([flat(block.x) for block in blocks], axis=1)
-        turn = self._turn(jnp.concatenate([flat(block.positions) for block in blocks], axis=1))
+        turn = self.turn(jnp.concatenate([flat(block.positions) for block in blocks], axis=1))
         masks = tuple((block.mask, _causal(block.mask)) for block in blocks)
         x, new = self.layers(sharding.constrain_batch(x), tuple((p.k, p.v) for p in past), past, turn, masks)
         x, start, results = self.norm(x), 0, []
@@ -186,13 +186,13 @@ class Decoder(nn.Module):
     # layer's weights and caches out of the stack for each token. `layers` are variables of each, pasts are unstacked.
 
     def decode(
-        self, x: jax.Array, positions: jax.Array, prompt: Past, own: Past, slot: jax.Array, layers: tuple[dict, ...]
+        self, x: jax.Array, turn: tuple, prompt: Past, own: Past, slot: jax.Array, layers: tuple[dict, ...]
     ) -> tuple[jax.Array, Past]:
         """The next token of every sequence.
 
         Args:
           x: embeddings [B, G, 1, hidden].
-          positions: [B, G, 1].
+          turn: of this token's position, see `turn`; made before the loop, or cos and sin are taken in every layer.
           prompt: shared by the group.
           own: each sequence's tokens before this one.
           slot: where this one's keys and values are written in `own`: before attention looks, or it would take a copy.
@@ -207,7 +207,7 @@ class Decoder(nn.Module):
             own.k[i], own.v[i] = put(own.k[i], k, slot), put(own.v[i], v, slot)
             return attention(q, [p.segment(p.k[i], p.v[i]) for p in (prompt, own)])
 
-        hidden = self._layer_by_layer(x, positions, layers, attend)
+        hidden = self._layer_by_layer(x, turn, layers, attend)
         return hidden, own.replace(k=tuple(own.k), v=tuple(own.v))
 
     def peek(self, block: Block, past: tuple[Past, ...], layers: tuple[dict, ...]) -> jax.Array:
@@ -217,20 +217,21 @@ class Decoder(nn.Module):
         def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             return attention(q, [*(p.segment(p.k[i], p.v[i]) for p in past), Segment(k, v, causal)])
 
-        return self._layer_by_layer(block.x, block.positions, layers, attend)
+        return self._layer_by_layer(block.x, self.turn(block.positions), layers, attend)
 
     def _layer_by_layer(
-        self, x: jax.Array, positions: jax.Array, layers: tuple[dict, ...], attend: Callable[..., jax.Array]
+        self, x: jax.Array, turn: tuple, layers: tuple[dict, ...], attend: Callable[..., jax.Array]
     ) -> jax.Array:
         layer = DecoderLayer(self.config, self.lora, self.weights, self.attention, parent=None)
-        x, turn = sharding.constrain_batch(x), self._turn(positions)
+        x = sharding.constrain_batch(x)
         for i, variables in enumerate(layers):
             q, k, v = layer.apply(variables, x, turn, method="project")
             attended = attend(i, q, _heads_first(k), _heads_first(v))
             x = layer.apply(variables, x, attended.reshape(*x.shape[:-1], -1), method="close")
         return self.norm(x)
 
-    def _turn(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def turn(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """By which angles queries and keys at these positions are turned, see `rotation`."""
         return rotation(positions, self.config.head_dim, self.config.rope_theta)
 
     def head(self) -> jax.Array:

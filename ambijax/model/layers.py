@@ -224,28 +224,31 @@ def _attention(q: jax.Array, keys: tuple, values: tuple, masks: tuple) -> jax.Ar
 
 
 def _attention_forward(q: jax.Array, keys: tuple, values: tuple, masks: tuple) -> tuple[jax.Array, tuple]:
-    scores = [jnp.where(mask, _by_key(q, k, jnp.float32), MASKED) for k, mask in zip(keys, masks, strict=True)]
+    scores = _scores(q, keys, masks)
     top = functools.reduce(jnp.maximum, (s.max(axis=-1, keepdims=True) for s in scores))
     weights = [jnp.exp(s - top) for s in scores]
     total = sum(w.sum(axis=-1, keepdims=True) for w in weights)
-    weights = tuple((w / total).astype(q.dtype) for w in weights)
-    out = checkpoint_name(sum(_over_keys(w, v) for w, v in zip(weights, values, strict=True)), PRODUCT)
-    return out, (q, keys, values, weights, out)
+    # Divided after the product: a number for each channel of a head instead of one for each key.
+    out = sum(_over_keys(w.astype(q.dtype), v, jnp.float32) for w, v in zip(weights, values, strict=True)) / total
+    out, top, total = (checkpoint_name(z, PRODUCT) for z in (out.astype(q.dtype), top, total))
+    return out, (q, keys, values, masks, out, top, total)
 
 
 def _attention_backward(saved: tuple, by_out: jax.Array) -> tuple:
     """With P = softmax(S), S = Q K^T, O = P V:  dV = P^T dO,  dS = P (dO V^T - rowsum(dO O)),  dQ = dS K,  dK = dS^T Q.
 
-    The sum over a row of P dP is taken as that of dO O, a number a query instead of a pass over all scores.
+    P is computed again from a row's largest score and sum (arXiv 2205.14135), so that no policy of `jax.checkpoint`
+    keeps it. The sum over a row of P dP is taken as that of dO O, a number a query instead of a pass over all scores.
     """
-    q, keys, values, weights, out = saved
+    q, keys, values, masks, out, top, total = saved
     center = jnp.sum(by_out.astype(jnp.float32) * out, axis=-1, keepdims=True)
     by_q, by_keys, by_values = 0, [], []
-    for k, v, w in zip(keys, values, weights, strict=True):
-        by_scores = (w * (_by_key(by_out, v, jnp.float32) - center)).astype(q.dtype)
-        by_q += _over_keys(by_scores, k)
+    for k, v, s in zip(keys, values, _scores(q, keys, masks), strict=True):
+        weights = jnp.exp(s - top) / total
+        by_scores = (weights * (_by_key(by_out, v) - center)).astype(q.dtype)
+        by_q += _over_keys(by_scores, k, q.dtype)
         by_keys.append(_over_queries(by_scores, q, k))
-        by_values.append(_over_queries(w, by_out, v))
+        by_values.append(_over_queries(weights.astype(q.dtype), by_out, v))
     return by_q, tuple(by_keys), tuple(by_values), None
 
 
@@ -257,12 +260,16 @@ def _own(k: jax.Array) -> str:
     return "g" * (k.ndim == 5)
 
 
-def _by_key(x: jax.Array, k: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return jnp.einsum(f"bkgrtd,bk{_own(k)}sd->bkgrts", x, k, preferred_element_type=dtype)
+def _scores(q: jax.Array, keys: tuple, masks: tuple) -> list[jax.Array]:
+    return [jnp.where(mask, _by_key(q, k), MASKED) for k, mask in zip(keys, masks, strict=True)]
 
 
-def _over_keys(weights: jax.Array, v: jax.Array) -> jax.Array:
-    return jnp.einsum(f"bkgrts,bk{_own(v)}sd->bkgrtd", weights, v)
+def _by_key(x: jax.Array, k: jax.Array) -> jax.Array:
+    return jnp.einsum(f"bkgrtd,bk{_own(k)}sd->bkgrts", x, k, preferred_element_type=jnp.float32)
+
+
+def _over_keys(weights: jax.Array, v: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jnp.einsum(f"bkgrts,bk{_own(v)}sd->bkgrtd", weights, v, preferred_element_type=dtype)
 
 
 def _over_queries(weights: jax.Array, x: jax.Array, like: jax.Array) -> jax.Array:

@@ -71,7 +71,7 @@ class Qwen2Audio(nn.Module):
     def decode(
         self,
         token: jax.Array,
-        positions: jax.Array,
+        turn: tuple,
         prompt: Past,
         own: Past,
         slot: jax.Array,
@@ -79,7 +79,11 @@ class Qwen2Audio(nn.Module):
     ) -> tuple[jax.Array, Past]:
         """The next token [B, G, 1] in a loop over tokens, see `Decoder.decode`; `layers` are from `unstack`."""
         x = self.language_model.embed(token, self.dtype)
-        return self.language_model.decode(x, positions, prompt, own, slot, layers)
+        return self.language_model.decode(x, turn, prompt, own, slot, layers)
+
+    def turn(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of positions [B, G, T], for `decode`."""
+        return self.language_model.turn(positions)
 
     def peek(
         self, tokens: jax.Array, positions: jax.Array, past: tuple[Past, ...], layers: tuple[dict, ...]
