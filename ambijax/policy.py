@@ -206,7 +206,7 @@ def rollout(
     keys = sampling.completion_keys(key, prompt.example, samples)
 
     def keep_going(s: _Decoding) -> jax.Array:
-        has_room = s.t < max_tokens
+        has_room = s.t < s.own.mask.shape[-1]
         somebody_writes = ~jnp.all(s.done)
         return has_room & somebody_writes
 
@@ -215,7 +215,19 @@ def rollout(
         token, logp = sampling.draw(logits, keys, s.t, temperature)
         return _append(writer, s, logits, token, logp)
 
-    return _finish(writer, jax.lax.while_loop(keep_going, step, _start(model, prefix, tokens, *keys.shape, max_tokens)))
+    s = _start(model, prefix, tokens, *keys.shape, max_tokens)
+    for slots in cache_sizes(max_tokens):
+        s = jax.lax.while_loop(keep_going, step, s._replace(own=s.own.grown(slots)))
+    return _finish(writer, s)
+
+
+def cache_sizes(max_tokens: int) -> list[int]:
+    """Tokens for which the completions' cache has room, growing in equal stages: attention reads all of it.
+
+    Each size is a loop of its own to compile: there are four at most, and none of fewer than 128 tokens.
+    """
+    stages = min(max(max_tokens // 128, 1), 4)
+    return [-(-max_tokens * (i + 1) // stages) for i in range(stages)]
 
 
 def _writer(
@@ -283,12 +295,12 @@ def _finish(w: _Writer, s: _Decoding) -> Rollout:
 
 
 def _start(model: Qwen2Audio, prefix: Prefix, tokens: Tokens, b: int, g: int, n: int) -> _Decoding:
-    # One array a layer for keys and for values: written in place, never copied out of a stack.
-    empty = tuple(jnp.zeros((b, k.shape[1], g, n, k.shape[3]), k.dtype) for k in prefix.past.k)
+    # One array a layer for keys and for values: written in place, never copied out of a stack. No room as yet.
+    empty = tuple(jnp.zeros((b, k.shape[1], g, 0, k.shape[3]), k.dtype) for k in prefix.past.k)
     return _Decoding(
         t=jnp.int32(0),
         hidden=jnp.broadcast_to(prefix.last[:, None], (b, g, prefix.last.shape[-1])),
-        own=Past(empty, empty, jnp.zeros((b, g, n), bool)).unstacked(model.cache),
+        own=Past(empty, empty, jnp.zeros((b, g, 0), bool)).unstacked(model.cache),
         # A completion starts on a fresh line: the prompt ends with a line break.
         recent=jnp.full((b, g, 1 + len(tokens.anchor)), tokens.newline, jnp.int32),
         anchor=jnp.full((b, g), -1, jnp.int32),
@@ -332,7 +344,8 @@ def _begin(
     model: Qwen2Audio, variables: dict, prompt: Prompt, *, tokens: Tokens, max_tokens: int
 ) -> tuple[Prefix, _Decoding]:
     prefix = prefill(model, variables, prompt, {})
-    return prefix, _start(model, prefix, tokens, len(prompt.tokens), 1, max_tokens)
+    s = _start(model, prefix, tokens, len(prompt.tokens), 1, max_tokens)
+    return prefix, s._replace(own=s.own.grown(max_tokens))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "tokens", "chunk"))

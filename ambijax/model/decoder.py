@@ -43,6 +43,15 @@ class Past:
         layer = _rounded if cache == "int8" else jnp.asarray
         return self.replace(k=tuple(map(layer, self.k)), v=tuple(map(layer, self.v)))
 
+    def grown(self, slots: int) -> "Past":
+        """Each sequence's own tokens (L arrays) with empty room after them, up to `slots`."""
+
+        def pad(z: jax.Array, axis: int) -> jax.Array:
+            return jnp.pad(z, [(0, (slots - size) * (i == axis)) for i, size in enumerate(z.shape)])
+
+        k, v = jax.tree.map(functools.partial(pad, axis=3), (self.k, self.v))
+        return self.replace(k=k, v=v, mask=pad(self.mask, 2))
+
     def segment(self, k: jax.Array, v: jax.Array) -> Segment:
         """One layer's keys and values (self.k[i], self.v[i]) as an attention segment."""
         k, v = (z[0] * z[1][..., None] if isinstance(z, tuple) else z for z in (k, v))
