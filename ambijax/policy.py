@@ -8,7 +8,8 @@ log-probability comes from the hidden state before it, so the first one comes fr
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -205,29 +206,38 @@ def rollout(
     writer = _writer(model, variables, prefix, tokens, ends_line, max_tokens)
     keys = sampling.completion_keys(key, prompt.example, samples)
 
-    def keep_going(s: _Decoding) -> jax.Array:
-        has_room = s.t < s.own.mask.shape[-1]
-        somebody_writes = ~jnp.all(s.done)
-        return has_room & somebody_writes
-
     def step(s: _Decoding) -> _Decoding:
         logits = writer.logits(s.hidden)
         token, logp = sampling.draw(logits, keys, s.t, temperature)
         return _append(writer, s, logits, token, logp)
 
     s = _start(model, prefix, tokens, *keys.shape, max_tokens)
-    for slots in cache_sizes(max_tokens):
-        s = jax.lax.while_loop(keep_going, step, s._replace(own=s.own.grown(slots)))
+    for room in cache_stages(max_tokens):
+        s = s._replace(own=s.own.grown(s.own.mask.shape[-1] + room))
+        s = _write(step, s, room)
     return _finish(writer, s)
 
 
-def cache_sizes(max_tokens: int) -> list[int]:
-    """Tokens for which the completions' cache has room, growing in equal stages: attention reads all of it.
+def cache_stages(max_tokens: int) -> list[int]:
+    """The steps, in tokens, in which the completions' cache grows: attention reads all of it, written or not.
 
-    Each size is a loop of its own to compile: there are four at most, and none of fewer than 128 tokens.
+    Each is a loop of its own to compile, so there are four at most, and none for fewer than 128 tokens.
     """
     stages = min(max(max_tokens // 128, 1), 4)
-    return [-(-max_tokens * (i + 1) // stages) for i in range(stages)]
+    ends = [max_tokens * i // stages for i in range(stages + 1)]
+    return [end - start for start, end in itertools.pairwise(ends)]
+
+
+def _write(step: Callable[[_Decoding], _Decoding], s: _Decoding, count: int | jax.Array) -> _Decoding:
+    """At most `count` more tokens of every completion; fewer when all have ended."""
+
+    def keep_going(state: tuple[jax.Array, _Decoding]) -> jax.Array:
+        written, s = state
+        has_room = written < count
+        somebody_writes = ~jnp.all(s.done)
+        return has_room & somebody_writes
+
+    return jax.lax.while_loop(keep_going, lambda state: (state[0] + 1, step(state[1])), (jnp.int32(0), s))[1]
 
 
 def _writer(
@@ -361,11 +371,10 @@ def _advance(
 ) -> tuple[_Decoding, Rollout]:
     max_tokens = s.tokens.shape[-1]
     writer = _writer(model, variables, prefix, tokens, ends_line, max_tokens)
-    until = jnp.minimum(s.t + chunk, max_tokens)
 
     def step(s: _Decoding) -> _Decoding:
         logits = writer.logits(s.hidden)
         return _append(writer, s, logits, *sampling.draw(logits, None, s.t, 0.0))
 
-    s = jax.lax.while_loop(lambda s: (s.t < until) & ~jnp.all(s.done), step, s)
+    s = _write(step, s, jnp.minimum(chunk, max_tokens - s.t))
     return s, _finish(writer, s)

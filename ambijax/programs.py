@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
-from ambijax import assemble, features, optim, prompt, sharding, update
+from ambijax import assemble, features, optim, policy, prompt, sharding, update
 from ambijax.agent import Setting
 from ambijax.algorithms import ALGORITHMS
 from ambijax.model import qwen2_audio
@@ -28,7 +28,7 @@ class Program:
     name: str  # encode | roll-out | reference | update | evaluation
     function: Callable
     arguments: tuple  # pytrees of ShapeDtypeStruct
-    trips: int  # most iterations of a loop whose end depends on the data: tokens of a roll-out
+    trips: int  # most iterations of a loop whose end depends on the data: tokens of a stage of a roll-out
     prompts: int  # B
     completions: int  # G to each
     beside: dict  # what else lies in memory meanwhile: name -> pytree of ShapeDtypeStruct
@@ -84,6 +84,7 @@ def programs(setting: Setting, window: int, text: int) -> Iterator[Program]:
     key = _everywhere(jax.eval_shape(lambda: jax.random.key(0)), setting.mesh)
 
     yield _encode(setting, rows, both, window, beside)
+    tokens = max(policy.cache_stages(c.data.max_tokens))  # of each of the loops, which are equally long
     how = {"dpo": "dpo", "grpo": "grpo", "grpoz": "grpo"}.get(c.algorithm)
     if how:
         samples, temperature = c[how].samples, c[how].temperature
@@ -91,7 +92,7 @@ def programs(setting: Setting, window: int, text: int) -> Iterator[Program]:
             "roll-out",
             jax.jit(lambda v, p, k: setting.rollout(v, p, k, samples, temperature)),
             (both, asked, key),
-            c.data.max_tokens,
+            tokens,
             part,
             samples,
             beside,
@@ -114,7 +115,7 @@ def programs(setting: Setting, window: int, text: int) -> Iterator[Program]:
         "evaluation",
         jax.jit(lambda v, p, k: setting.rollout(v, p, k, 1, 0.0)),
         (both, shapes(size), key),
-        c.data.max_tokens,
+        tokens,
         size,
         1,
         beside,

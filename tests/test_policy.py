@@ -104,6 +104,29 @@ def test_sampled_log_probabilities_equal_teacher_forced_ones(model, variables):
     np.testing.assert_allclose(np.where(rolled.completions.mask, rolled.logp, 0), scores.logp, atol=1e-4)
 
 
+def test_a_cache_that_has_grown_holds_what_was_written(model, variables):
+    stages = policy.cache_stages(300)
+    assert len(stages) == 2
+    endless = dataclasses.replace(small.TOKENS, end=-1)
+    prompt = small.prompts(2)
+    given = {"tokens": endless, "samples": 3, "max_tokens": sum(stages), "temperature": 1.0}
+    rolled = policy.rollout(model, variables, prompt, jax.random.key(0), small.ENDS_LINE, **given)
+    assert rolled.completions.mask.sum() == 2 * 3 * 300
+    forced = policy.anchored(rolled, endless)
+    scores = _score(model, variables, prompt, forced)
+    np.testing.assert_allclose(rolled.logp, scores.logp[..., :300], atol=1e-4)
+    np.testing.assert_allclose(rolled.readout, scores.readout, atol=1e-4)
+
+
+def test_stages_are_all_tokens_and_few_programs():
+    for n in (8, 127, 128, 255, 256, 300, 513, 16384):
+        stages = policy.cache_stages(n)
+        assert sum(stages) == n
+        assert len(stages) <= 4
+        assert len(stages) == 1 or min(stages) >= 128
+        assert max(stages) - min(stages) <= 1
+
+
 def test_greedy_takes_the_most_likely_token(model, variables):
     prompt = small.prompts(2)
     rolled = _rollout(model, variables, prompt, samples=1, temperature=0.0)
