@@ -10,9 +10,10 @@ import scipy.special
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
-from ambijax import losses, metrics, policy, prompt, reasoning
+from ambijax import losses, metrics, policy, prompt, reasoning, sharding
 from ambijax.model.qwen2_audio import Qwen2Audio
-from ambijax.structs import Completions, Rollout
+from ambijax.packing import packing
+from ambijax.structs import Completions, Prompt, Rollout
 
 
 def style(config: FrozenConfigDict) -> str:
@@ -43,6 +44,12 @@ class Setting:
         """bool [V] with a row for every embedding, also those no token uses."""
         rows = self.model.config.text.vocab_size
         return np.pad(self.vocabulary.ends_line, (0, rows - len(self.vocabulary.ends_line)))
+
+    def pack(self, asked: Prompt, completions: Completions) -> Completions:
+        """Completions of prompts, both on the host, as they are scored: with `data.pack` without padding."""
+        if not self.config.data.pack:
+            return completions
+        return completions.replace(packing=packing(asked.mask, completions.mask, sharding.round_up(1, self.mesh)))
 
     def score(
         self, variables: dict, asked: object, completions: Completions, rngs: dict, temperature: float = 1.0

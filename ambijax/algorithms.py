@@ -15,14 +15,15 @@ import numpy as np
 
 from ambijax import losses, metrics, reasoning, rewards, sharding
 from ambijax.agent import Judged, Setting, grade, judge
-from ambijax.structs import Batch, Completions, Group, Preferences, Rollout
+from ambijax.structs import Batch, Completions, Group, Preferences, Prompt, Rollout
 
 # --- SFT -------------------------------------------------------------------------------------------------------------
 
 
 def collect_nothing(setting: Setting, variables: dict, batch: Batch, key: jax.Array) -> tuple[Batch, dict, list]:
     """SFT learns from the batch as it is."""
-    return sharding.place(batch, setting.mesh), {}, []
+    packed = batch.replace(gold=setting.pack(batch.prompt, batch.gold))
+    return sharding.place(packed, setting.mesh), {}, []
 
 
 def sft_loss(setting: Setting, variables: dict, batch: Batch, rngs: dict) -> tuple[jax.Array, dict]:
@@ -49,7 +50,7 @@ def collect_preferences(
     chosen, pairs = _negatives(c.negatives, judged.js, c.tau, key, batch.prompt.example)
     pairs &= batch.ce_mask.any(axis=-1)  # no curated trajectory, nothing to prefer
     rejected = jax.tree.map(lambda x: _take(x, chosen), rolled.completions)
-    completions = sharding.place(_join(batch.gold, rejected), setting.mesh)
+    completions = sharding.place(setting.pack(batch.prompt, _join(batch.gold, rejected)), setting.mesh)
     reference = setting.score({"params": variables["params"]}, placed.prompt, completions, {})
     collected = Preferences(
         prompt=placed.prompt,
@@ -116,7 +117,7 @@ def collect_group(
     advantages = rewards.group_advantages(
         reward, gold_reward, scale=c.scale, ddof=c.ddof, eps=c.eps, min_std=c.min_std, gold_adv_clip=c.gold_adv_clip
     )
-    collected = _group(setting, variables, placed, completions, loss_mask, advantages)
+    collected = _group(setting, variables, batch.prompt, placed, completions, loss_mask, advantages)
     spread = rewards.group_std(reward, c.ddof)
     measured = judged.metrics() | {
         "reward/mean": reward.mean(),
@@ -154,6 +155,7 @@ def _gold_reward(setting: Setting, variables: dict, batch: Batch, placed: Batch)
 def _group(
     setting: Setting,
     variables: dict,
+    asked: Prompt,
     placed: Batch,
     completions: Completions,
     loss_mask: np.ndarray,
@@ -163,7 +165,7 @@ def _group(
     c = setting.config.grpo
     sampled = np.arange(advantages.shape[1]) < np.full((len(advantages), 1), c.samples)
     host = {"loss_mask": loss_mask, "advantages": advantages.astype(np.float32), "sampled": sampled}
-    on_device = sharding.place(completions, setting.mesh)
+    on_device = sharding.place(setting.pack(asked, completions), setting.mesh)
     without_gold = jax.tree.map(lambda x: x[:, : c.samples], completions)
     logp_old, logp_ref = sharding.place(
         [np.zeros(x.mask.shape, np.float32) for x in (completions, without_gold)], setting.mesh
@@ -171,8 +173,8 @@ def _group(
     if c.updates > 1:
         logp_old = setting.score(variables, placed.prompt, on_device, {}, c.temperature).logp
     if c.beta_kl > 0:  # to the reference, of what was sampled
-        reference, given = {"params": variables["params"]}, sharding.place(without_gold, setting.mesh)
-        logp_ref = setting.score(reference, placed.prompt, given, {}, c.temperature).logp
+        given = sharding.place(setting.pack(asked, without_gold), setting.mesh)
+        logp_ref = setting.score({"params": variables["params"]}, placed.prompt, given, {}, c.temperature).logp
     mine = sharding.place(host, setting.mesh)
     return Group(
         prompt=placed.prompt,

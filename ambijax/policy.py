@@ -78,7 +78,7 @@ def score(
       model: the model.
       variables: {'params', 'lora'} for the policy, {'params'} for the reference.
       prompt: B prompts.
-      completions: G to each prompt.
+      completions: G to each prompt, and how they and the prompts are packed.
       class_ids: token ids of the K class words.
       temperature: divides the logits of the log-probabilities (not of the read-out).
       chunk: completion positions per slice of vocabulary logits; bounds memory at B x G x chunk x V.
@@ -87,8 +87,9 @@ def score(
         after the anchor, instead of one logit.
     """
     b, g, t = completions.tokens.shape
-    given = (prompt.tokens, prompt.mask, _heard(model, variables, prompt, rngs), completions.tokens, completions.mask)
-    read, (hidden, own) = model.apply(variables, *given, method="prefill_and_extend", rngs=rngs)
+    asked = (prompt.tokens, prompt.mask, _heard(model, variables, prompt, rngs))
+    given = (completions.tokens, completions.mask, completions.packing)
+    read, (hidden, own) = model.apply(variables, *asked, *given, method="prefill_and_extend", rngs=rngs)
     prefix = _prefix(prompt, *read)
     first = jnp.broadcast_to(prefix.last[:, None, None], (b, g, 1, prefix.last.shape[-1]))
     before = jnp.concatenate([first, hidden[:, :, :-1]], axis=2)

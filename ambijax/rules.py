@@ -97,6 +97,7 @@ RULES = {
     "data.windows": _list_of(lambda v: type(v) is int and 2 < v <= 3000 and v % 2 == 0, "even mel lengths up to 3000"),
     "data.features": Rule(lambda v: v == "" or _is_name(v), "a directory, or empty"),
     "data.max_tokens": _whole(8, 2**14),
+    "data.pack": _FLAG,
     "data.cot": _FLAG,
     "data.gold_label": _one_of("argmax", "sample"),
     "data.speakers": _whole(2, 10**5),
@@ -239,6 +240,11 @@ def _contradictions(c: dict) -> list[str]:
         ("optim.accumulate", "data.batch_size"),
         lambda parts, size: size % parts == 0,
         "optim.accumulate={optim_accumulate} must divide data.batch_size={data_batch_size}",
+    )
+    need(
+        ("data.pack", "optim.accumulate"),
+        lambda pack, parts: not pack or parts == 1,
+        "data.pack is without optim.accumulate={optim_accumulate}: parts of a batch would be of unequal size",
     )
     need(
         ("eval.checkpoint", "eval.every"),

@@ -7,6 +7,8 @@ M mel frames   F mel bins   A audio tokens   D hidden width
 import flax.struct
 import jax
 
+from ambijax.packing import Packing
+
 Array = jax.Array
 
 
@@ -29,6 +31,7 @@ class Completions:
     tokens: Array  # int32 [B, G, T]
     mask: Array  # bool [B, G, T], True up to and including the end token
     anchor: Array  # int32 [B, G], index of the answer anchor's last token, -1 where there is none
+    packing: Packing | None = None  # how to leave the padding of prompts and completions out
 
 
 @flax.struct.dataclass

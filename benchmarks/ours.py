@@ -65,9 +65,10 @@ class Side:
         self.variables = {"params": params, "lora": adapters}
         self.windows = tuple(base.get_config("cremad").data.windows)
 
-    def setting(self, module: object) -> Timed:
+    def setting(self, module: object, *, pack: bool = False) -> Timed:
         """The settings of configs/`module`, for this shape."""
         c = module.get_config("tiny")
+        c.data.pack = pack
         c.model.dtype = self.shape.dtype
         c.lora.dropout = 0.0
         c.loss.chunk = self.shape.chunk
@@ -87,16 +88,19 @@ class Side:
 
     def prompt(self, count: int, *, live: bool = False) -> Prompt:
         """On the host; with the tower's output as it is kept while the tower is frozen, or as log-mel (`live`)."""
-        if live:
-            sounds = self.mels(count)
-        else:
-            clips = shapes.clips(self.shape, count)
-            read = (features.Clip(audio.mel_frames(len(c)), functools.partial(np.asarray, c)) for c in clips)
-            sounds = list(features.encode(self.model, self.variables, self.mesh, read, self.windows))
+        asked = list(shapes.prompts(self.shape, count).astype(np.int32))
+        sounds = self.mels(count) if live else self._heard(shapes.clips(self.shape, count))
+        return self._prompt(asked, sounds, live=live)
+
+    def _heard(self, clips: list[np.ndarray]) -> list[data.Sound]:
+        read = (features.Clip(audio.mel_frames(len(c)), functools.partial(np.asarray, c)) for c in clips)
+        return list(features.encode(self.model, self.variables, self.mesh, read, self.windows))
+
+    def _prompt(self, asked: list[np.ndarray], sounds: list[data.Sound], *, live: bool = False) -> Prompt:
         return data.prompts(
-            list(shapes.prompts(self.shape, count).astype(np.int32)),
+            asked,
             sounds,
-            range(count),
+            range(len(asked)),
             windows=self.windows,
             text_tokens=data.round_up(self.shape.prompt - self.shape.audio_tokens),
             pad=VOCABULARY.endoftext,
@@ -112,6 +116,16 @@ class Side:
         gold = self.completions(1, length)
         target = np.full((self.shape.clips, len(VOCABULARY.labels)), 1 / len(VOCABULARY.labels), np.float32)
         return Batch(self.prompt(self.shape.clips, live=live), gold, gold.mask.copy(), target)
+
+    def mixed(self) -> Batch:
+        """Examples of unequal length, padded to the declared lengths."""
+        examples = shapes.mixed(self.shape)
+        clips = [shapes.clips(one, 1)[0] for one in examples]
+        golds = [shapes.completions(one, 1, 1, one.completion)[0, 0].astype(np.int32) for one in examples]
+        gold = data.completions([(g, len(g) - 3) for g in golds], self.shape.completion, VOCABULARY.endoftext)
+        target = np.full((len(golds), len(VOCABULARY.labels)), 1 / len(VOCABULARY.labels), np.float32)
+        asked = [shapes.prompts(one, 1)[0].astype(np.int32) for one in examples]
+        return Batch(self._prompt(asked, self._heard(clips)), gold, gold.mask.copy(), target)
 
     def updating(self, setting: Timed, loss: Callable) -> Callable[[tuple, jax.Array], None]:
         """(parts, key) -> one update of the adapters, done when it returns."""
@@ -170,6 +184,19 @@ def sft_row(side: Side, *, live: bool = False) -> Step:
     batch = side.batch(side.shape.completion, live=live)
     one = side.updating(setting, algorithms.sft_loss)
     return lambda: one((sharding.place(batch, side.mesh),), jax.random.key(0))
+
+
+def mixed_row(side: Side, *, packed: bool = True) -> Step:
+    """An SFT step on examples of unequal length, several to a row."""
+    setting = side.setting(sft, pack=packed)
+    batch = side.mixed()
+    one = side.updating(setting, algorithms.sft_loss)
+
+    def step() -> None:
+        collected, _, _ = algorithms.collect(setting, side.variables, batch, jax.random.key(0))
+        one(collected, jax.random.key(0))
+
+    return step
 
 
 def dpo_row(side: Side) -> Step:
@@ -249,6 +276,8 @@ ROWS = {
     "readout": readout,
     "sft": sft_row,
     "sft_live": lambda side: sft_row(side, live=True),
+    "sft_mixed": mixed_row,
+    "sft_mixed_padded": lambda side: mixed_row(side, packed=False),
     "dpo": dpo_row,
     "rollout": rollout,
     "grpoz": grpoz_row,

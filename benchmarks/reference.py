@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import peft
 import torch
 import torch.nn.functional as F
@@ -174,6 +175,42 @@ def sft(side: Side) -> Step:
     return step
 
 
+def mixed(side: Side) -> Step:
+    """The same on examples of unequal length, padded to the longest; what comes after the end is not counted."""
+    examples = shapes.mixed(side.shape)
+    rows = []
+    for one in examples:
+        asked, gold = shapes.prompts(one, 1)[0], shapes.completions(one, 1, 1, one.completion)[0, 0]
+        rows.append(torch.from_numpy(np.concatenate([asked, gold])))
+    lengths = torch.tensor([len(row) for row in rows])
+    golds = torch.tensor([one.completion for one in examples])
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=VOCABULARY.endoftext)
+    places = torch.arange(tokens.shape[1])
+    counted = (places[1:] >= (lengths - golds)[:, None]) & (places[1:] < lengths[:, None])
+    options = {"sampling_rate": 16_000, "return_attention_mask": True, "padding": "max_length", "return_tensors": "pt"}
+    sound = side.extractor([shapes.clips(one, 1)[0] for one in examples], **options)
+    inputs = {
+        "input_ids": tokens,
+        "attention_mask": (places < lengths[:, None]).long(),
+        "input_features": sound["input_features"].to(getattr(torch, side.shape.dtype)),
+        "feature_attention_mask": sound["attention_mask"],
+    }
+    inputs = {name: x.to(DEVICE) for name, x in inputs.items()}
+    counted, anchors = counted.to(DEVICE), (lengths - 3).to(DEVICE)
+
+    def step() -> dict[str, float]:
+        logits = side.model(**inputs, use_cache=False).logits
+        pairs = zip(logits, inputs["input_ids"][:, 1:], strict=True)
+        logp = torch.stack([F.log_softmax(row[:-1].float(), -1).gather(-1, t[:, None])[:, 0] for row, t in pairs])
+        classes = logits[torch.arange(len(rows)), anchors][:, list(VOCABULARY.class_ids)].float()
+        ce = -(logp * counted).sum(-1) / counted.sum(-1)
+        (ce.mean() - F.log_softmax(classes, -1).mean()).backward()
+        side.update()
+        wait()
+
+    return step
+
+
 def dpo(side: Side) -> Step:
     """As TRL: chosen and rejected in one batch, first under the reference policy, then with gradient."""
     inputs = side.inputs(side.shape.clips, 2, side.completions(2, side.shape.completion))
@@ -238,6 +275,8 @@ ROWS = {
     "readout": readout,
     "sft": sft,
     "sft_live": sft,
+    "sft_mixed": mixed,
+    "sft_mixed_padded": mixed,
     "dpo": dpo,
     "rollout": rollout,
     "grpoz": grpoz,

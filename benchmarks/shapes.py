@@ -151,6 +151,17 @@ def completions(shape: Shape, count: int, per_prompt: int, length: int) -> np.nd
     return tokens
 
 
+def mixed(shape: Shape) -> list[Shape]:
+    """Examples of unequal length, twice `clips` of them: clip and completion from 40 % of the shape's to all of it."""
+    shares = np.linspace(0.4, 1.0, 2 * shape.clips)
+    text = shape.prompt - shape.audio_tokens
+    shorter = [dataclasses.replace(shape, clips=1, seconds=shape.seconds * share) for share in shares]
+    return [
+        dataclasses.replace(one, prompt=one.audio_tokens + text, completion=round(shape.completion * share))
+        for one, share in zip(shorter, shares, strict=True)
+    ]
+
+
 def make(shape: Shape, directory: Path) -> Path:
     """Random weights of this shape as a Hugging Face directory; an existing one is taken."""
     import jax

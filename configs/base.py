@@ -56,6 +56,7 @@ def get_config(corpus: str) -> ConfigDict:
     c.data.windows = (256, 512, 1024, 3000)  # audio lengths in 10 ms mel frames that programs are compiled for
     c.data.features = f"{CACHE}/features"  # outputs of the frozen tower, a clip's made once ever; "" keeps none
     c.data.max_tokens = 256  # completion length; the paper's chains of thought are about 150 words
+    c.data.pack = False  # True: padding is left out between attentions; exact, with up to four programs for one
     c.data.cot = True  # False: answer without reasoning (Table 3)
     c.data.gold_label = "argmax"  # class word of the curated trajectory; unknown, alternative: sample from the votes
 

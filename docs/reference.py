@@ -17,7 +17,7 @@ CHAPTERS = {
     "Votes and corpora": ["emotions", "manifest", "corpora/synthetic", "data"],
     "Sound": ["audio", "acoustics", "features"],
     "Reasoning and prompts": ["reasoning", "prompt", "teacher"],
-    "The model": ["policy", "sampling", "readout", "convert", "checkpoint", "sharding", "structs"],
+    "The model": ["policy", "sampling", "packing", "readout", "convert", "checkpoint", "sharding", "structs"],
     "Learning": ["losses", "rewards", "algorithms", "optim", "update"],
     "Measuring": ["metrics", "significance", "calibration", "slices", "bounds", "predictions", "evaluate"],
     "Settings and errors": ["settings", "errors"],

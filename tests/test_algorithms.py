@@ -244,6 +244,30 @@ def test_the_group_loss_is_equation_7(vocabulary, algorithm, changes):
         assert np.abs(np.asarray(same) - np.asarray(loss)).max() > 1e-4
 
 
+@pytest.mark.parametrize("algorithm", ["sft", pytest.param("dpo", marks=pytest.mark.slow), "grpoz"])
+def test_leaving_padding_out_changes_no_update(vocabulary, algorithm, monkeypatch):
+    before = placed
+
+    def brief(setting: Setting) -> dict:
+        """A policy that soon ends what it writes."""
+        variables = before(setting)
+        head = variables["params"]["language_model"]["lm_head"]
+        variables["params"]["language_model"]["lm_head"] = head.at[:, vocabulary.im_end].mul(20.0)
+        return variables
+
+    monkeypatch.setitem(globals(), "placed", brief)
+    found = []
+    for pack in (False, True):
+        setting = make(vocabulary, algorithm, devices=2, data__pack=pack, data__max_tokens=112)
+        parts, _, _ = collect(setting)
+        completions = parts[0].gold if algorithm == "sft" else parts[0].completions
+        found.append((completions.packing is not None, *gradient(setting, parts)))
+    (no, plain, metrics), (yes, packed, same) = found
+    assert (yes, no) == (True, False)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), packed, plain)
+    assert metrics == pytest.approx(same, rel=1e-4, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -445,6 +469,7 @@ def test_all_that_is_trained_moves_and_the_rest_is_bit_equal(vocabulary, algorit
         ("dpo", {"optim__train": FULL}, "optim.train reaches base weights, but the reference policy is the base"),
         ("grpoz", {"optim__train": FULL}, "or set grpo.beta_kl=0"),
         ("sft", {"optim__accumulate": 3}, "optim.accumulate=3 must divide data.batch_size=16"),
+        ("sft", {"data__pack": True, "optim__accumulate": 2}, "data.pack is without optim.accumulate=2"),
         ("sft", {"loss__lambda_ce": 0.0, "loss__lambda_kl": 0.0}, "nothing to learn"),
         ("sft", {"prompt__style": "audio_reasoner"}, "is for evaluation"),
         ("dpo", {"lora__dropout": 0.1, "dpo__tau": 1.0}, "dpo.tau=1.0 must be.*; lora.dropout=0.1 must be 0"),

@@ -14,7 +14,7 @@ LAYERS = [
     ["hosts", "chips", "cost", "compilation", "ahead"],
     ["emotions", "workdir", "digest", "kept", "watchdog", "planned"],
     ["journal", "goodput"],
-    ["audio", "reasoning", "health"],
+    ["audio", "reasoning", "health", "packing"],
     ["acoustics", "structs", "sharding", "losses", "metrics", "manifest", "significance", "calibration"],
     ["optim", "prompt", "teacher", "rewards", "readout", "sampling", "guard", "bounds", "slices"],
     ["curation.ledger", "curation.limits", "curation.prompts"],

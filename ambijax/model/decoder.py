@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from ambijax import sharding
 from ambijax.model.config import LoraConfig, TextConfig
 from ambijax.model.layers import ACTIVATIONS, Dense, RMSNorm, Segment, attention, keep, quantize, rope, rotation
+from ambijax.packing import Packing
 
 
 @flax.struct.dataclass
@@ -97,21 +98,26 @@ class DecoderLayer(nn.Module):
         self.up_proj = dense(c.intermediate_size, False)
         self.down_proj = dense(c.hidden_size, False)
 
-    def __call__(self, x: jax.Array, past_kv: tuple, past: tuple[Past, ...], turn: tuple, masks: tuple):
+    def __call__(
+        self, x: jax.Array, past_kv: tuple, past: tuple[Past, ...], turn: tuple, masks: tuple, packing: Packing | None
+    ):
         """Several blocks at once: one product with each matrix, however many blocks there are.
 
         Args:
-          x: [B, N, hidden], the blocks' tokens one after another, N = sum of G T.
+          x: [B, N, hidden], the blocks' tokens one after another, N = sum of G T; packed if `packing` is given.
           past_kv: this layer's keys and values of `past`.
           past: earlier tokens, seen by all.
           turn: of all positions, see `rotation`.
           masks: for each block its mask [B, G, T] and which of its tokens see which [B, G, T, T]. What is one sequence
             to a prompt (G = 1) is seen by the blocks after it.
+          packing: how x is packed.
 
         Returns:
           x, and each block's keys and values [B, K, G, T, D].
         """
         projected = self.project(x, turn)
+        if packing is not None:
+            projected = tuple(packing.unpack(z, len(masks[0][0])) for z in projected)
         segments = [p.segment(*kv) for p, kv in zip(past, past_kv, strict=True)]
         attended, new, start = [], [], 0
         for mask, causal in masks:
@@ -124,7 +130,8 @@ class DecoderLayer(nn.Module):
                 segments.append(Segment(k[:, :, 0], v[:, :, 0], mask[:, :, None]))
             new.append((k, v))
             start += g * t
-        return self.close(x, jnp.concatenate(attended, axis=1)), tuple(new)
+        attended = jnp.concatenate(attended, axis=1)
+        return self.close(x, attended if packing is None else packing.pack(attended)), tuple(new)
 
     def project(self, x: jax.Array, turn: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[..., hidden] to rotated queries and keys, and values, [..., heads, D] each."""
@@ -157,7 +164,7 @@ class Decoder(nn.Module):
             layer,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_hidden_layers,
         )(c, self.lora, self.weights, self.attention)
         self.norm = RMSNorm(c.rms_norm_eps)
@@ -168,23 +175,31 @@ class Decoder(nn.Module):
         """[...] token ids to [..., hidden] embeddings."""
         return self.embed_tokens.embedding[tokens].astype(dtype)
 
-    def __call__(self, blocks: Sequence[Block], past: tuple[Past, ...] = ()) -> list[tuple[jax.Array, Past]]:
+    def __call__(
+        self, blocks: Sequence[Block], past: tuple[Past, ...] = (), packing: Packing | None = None
+    ) -> list[tuple[jax.Array, Past]]:
         """Runs all layers over new tokens.
 
         Args:
           blocks: computed together. Each attends causally to itself, to `past`, and to the blocks before it, which are
             of one sequence to a prompt: a prompt, then its completions.
           past: earlier tokens of the same sequences.
+          packing: leaves the blocks' padding out wherever tokens do not meet; what is returned for padding is zero.
 
         Returns:
           for each block its normalised hidden states [B, G, T, hidden], and its tokens as a `Past` with a G axis.
         """
         flat = lambda z: z.reshape(len(z), -1, *z.shape[3:])  # noqa: E731  [B, G, T, ...] to [B, G T, ...]
         x = jnp.concatenate([flat(block.x) for block in blocks], axis=1)
-        turn = self.turn(jnp.concatenate([flat(block.positions) for block in blocks], axis=1))
+        positions = jnp.concatenate([flat(block.positions) for block in blocks], axis=1)
         masks = tuple((block.mask, _causal(block.mask)) for block in blocks)
-        x, new = self.layers(sharding.constrain_batch(x), tuple((p.k, p.v) for p in past), past, turn, masks)
+        if packing is not None:
+            x, positions = packing.pack(x), packing.pack(positions)
+        by_layer, turn = tuple((p.k, p.v) for p in past), self.turn(positions)
+        x, new = self.layers(sharding.constrain_batch(x), by_layer, past, turn, masks, packing)
         x, start, results = self.norm(x), 0, []
+        if packing is not None:
+            x = packing.unpack(x, len(blocks[0].x))
         for block, (k, v) in zip(blocks, new, strict=True):
             size = block.mask[0].size
             results.append((x[:, start : start + size].reshape(block.x.shape), Past(k, v, block.mask)))

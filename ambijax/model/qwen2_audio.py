@@ -11,6 +11,7 @@ from ambijax.model.config import LoraConfig, Qwen2AudioConfig
 from ambijax.model.decoder import Block, Decoder, Past
 from ambijax.model.encoder import AudioTower
 from ambijax.model.layers import Dense
+from ambijax.packing import Packing
 
 
 class Qwen2Audio(nn.Module):
@@ -59,13 +60,19 @@ class Qwen2Audio(nn.Module):
         return self.language_model([self._block(tokens, positions, mask)], past)[0]
 
     def prefill_and_extend(
-        self, tokens: jax.Array, mask: jax.Array, audio: jax.Array, completions: jax.Array, exist: jax.Array
+        self,
+        tokens: jax.Array,
+        mask: jax.Array,
+        audio: jax.Array,
+        completions: jax.Array,
+        exist: jax.Array,
+        packing: Packing | None,
     ) -> tuple[tuple[jax.Array, Past], tuple[jax.Array, Past]]:
         """`prefill` of prompts and `extend` by completions [B, G, T] in one pass: each matrix is read once for both."""
         start = mask.sum(axis=1)[:, None, None]
         positions = start + jnp.broadcast_to(jnp.arange(completions.shape[2]), completions.shape)
         blocks = [self._prompt(tokens, mask, audio), self._block(completions, positions, exist)]
-        prompt, own = self.language_model(blocks)
+        prompt, own = self.language_model(blocks, packing=packing)
         return _shared(*prompt), own
 
     def decode(
