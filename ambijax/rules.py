@@ -174,6 +174,7 @@ ADDED = {
     "model.cache": "float",
     "model.attention": "xla",
     "data.features": "",
+    "data.pack": False,
     "eval.every": 0,
     "eval.dev_clips": 256,  # of no evaluation
     "eval.metric": "js",

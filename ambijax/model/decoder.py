@@ -99,7 +99,13 @@ class DecoderLayer(nn.Module):
         self.down_proj = dense(c.hidden_size, False)
 
     def __call__(
-        self, x: jax.Array, past_kv: tuple, past: tuple[Past, ...], turn: tuple, masks: tuple, packing: Packing | None
+        self,
+        x: jax.Array,
+        past_kv: tuple,
+        past: tuple[Past, ...],
+        turn: tuple,
+        masks: tuple,
+        packing: Packing | None = None,
     ):
         """Several blocks at once: one product with each matrix, however many blocks there are.
 
