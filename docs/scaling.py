@@ -1,7 +1,7 @@
 """The tables and the picture of docs/scaling.md, GRPOz planned on up to 128 chips: `python docs/scaling.py`.
 
-Needs libtpu and matplotlib (`pip install -e '.[tpu,report]'`) and no TPU. A configuration that was never compiled takes
-one to three minutes of a core; what was compiled is kept in runs/plan.
+Needs libtpu and matplotlib (`pip install -e '.[tpu,report]'`) and no TPU. A point takes one to three minutes of a core.
+Its figures are kept in docs/scaling.json: after a change to the model or the plan remove it, and all are made anew.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from ambijax.report import style
 
 HERE = Path(__file__).parent
 CACHE = Path("runs/plan")
+FIGURES = HERE / "scaling.json"
 WINDOW = 512  # mel frames: CREMA-D's longest clip is 5.0 s
 WAIT = 10e-6  # seconds until a collective begins, an assumption: the plan counts their bytes alone
 STEP = ("roll-out", "reference", "update")
@@ -26,30 +27,25 @@ STEP = ("roll-out", "reference", "update")
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """GRPOz on a topology: 4 prompts, K = 8 samples of 256 tokens, 32 layers split by heads, but for `keys`."""
+    """GRPOz on a topology: 4 prompts, K = 8 samples of 256 tokens, layers split by heads, but for `keys`."""
 
     topology: str
     keys: tuple[str, ...] = ()
-    layers: int = 32
 
 
-V5P, BASE = "v5p:2x2x1", Point("v5p:2x2x1")
+V5P, BASE, SIXTEEN = "v5p:2x2x1", Point("v5p:2x2x1"), Point("v5p:2x2x4")
 STUDIES = {
-    "v5p": [BASE, *map(Point, ("v5p:2x2x2", "v5p:2x2x4"))],  # the same step on more chips
-    "prompts": [BASE, Point("v5p:4x4x8", ("mesh.data=8", "data.batch_size=32"))],  # a v5p-256: its name counts cores
+    "v5p": [BASE, Point("v5p:2x2x2"), SIXTEEN],  # the same step on more chips
+    "groups": [SIXTEEN, Point("v5p:4x4x8", ("mesh.data=8", "data.batch_size=32"))],  # a v5p-256: its name counts cores
+    "v5e": [*map(Point, ("v5e:2x4", "v5e:4x4"))],
     "K": [BASE, Point(V5P, ("grpo.samples=16",))],
     "length": [BASE, Point(V5P, ("data.max_tokens=512",))],
-    "v5e": [*map(Point, ("v5e:2x4", "v5e:4x4"))],
-    "layers": [Point(V5P, layers=16), BASE],
 }
-SIZES = {"K": ("samples", 8), "length": ("tokens", 256), "layers": ("layers", 32)}  # and their defaults
+SIZES = {"K": ("samples", 8), "length": ("tokens", 256)}  # and their defaults
 
 
 def main() -> None:
-    found = {}
-    for point in dict.fromkeys(point for study in STUDIES.values() for point in study):
-        print(point, file=sys.stderr)
-        found[point] = figures(planned_at(point), point.layers)
+    found = {point: kept(point) for point in dict.fromkeys(point for study in STUDIES.values() for point in study)}
     made = {name: [found[point] for point in study] for name, study in STUDIES.items()}
     page = HERE / "scaling.md"
     text = page.read_text(encoding="utf-8")
@@ -61,24 +57,25 @@ def main() -> None:
     picture(made).savefig(HERE / "images/scaling.png", metadata={"Software": None})
 
 
+def kept(point: Point) -> dict:
+    """A point's figures, planned unless they are there."""
+    every = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
+    name = " ".join([point.topology, *point.keys])
+    if name not in every:
+        print(name, file=sys.stderr)
+        every[name] = figures(planned_at(point))
+        FIGURES.write_text(json.dumps(every, indent=1) + "\n")
+    return every[name]
+
+
 def planned_at(point: Point) -> dict:
     """A point's plan, of the programs of a training step."""
-    keys = [*point.keys, f"model.checkpoint={model(point.layers)}"]
-    given = [f"--config.{key}" for key in keys]
+    given = [f"--config.{key}" for key in point.keys]
     config, _ = settings.parse(["plan", "--config=configs/grpoz.py", "--workdir=unused", *given])
     return plan.run(plan.Case(config, "configs/grpoz.py", point.topology, WINDOW, plan.TEXT, CACHE, STEP))
 
 
-def model(layers: int) -> Path:
-    """A directory with the published config.json, the decoder as deep as wanted."""
-    directory = CACHE / f"layers_{layers}"
-    directory.mkdir(parents=True, exist_ok=True)
-    text = plan.PUBLISHED["text_config"] | {"num_hidden_layers": layers}
-    (directory / "config.json").write_text(json.dumps(plan.PUBLISHED | {"text_config": text}))
-    return directory
-
-
-def figures(result: dict, layers: int) -> dict:
+def figures(result: dict) -> dict:
     """What the tables and the picture show of a plan."""
     about, programs = result["about"], {p["name"]: p for p in result["programs"]}
     fullest = max(programs.values(), key=planned.total)
@@ -91,7 +88,6 @@ def figures(result: dict, layers: int) -> dict:
         "prompts": programs["update"]["prompts"],
         "samples": programs["roll-out"]["completions"],
         "tokens": about["completion_tokens"],
-        "layers": layers,
     }
     if (step := planned.step(result)) is None:
         return found | {"verdict": planned.verdict(fullest, about)}
@@ -113,7 +109,7 @@ def chip_rows(made: dict) -> list[list[str]]:
     """A line for each number of chips."""
     rows = [["chips", "data x tensor", "prompts", "GiB a chip: weights, in all", *STEP, "step", "MFU"]]
     rows[0] += ["collectives: count, GB sent", f"step with {WAIT * 1e6:g} µs each", "chip-hours per 1,000 prompts"]
-    for f in [*made["v5e"], *made["v5p"], *made["prompts"][1:]]:
+    for f in [*made["v5e"], *made["v5p"], *made["groups"][1:]]:
         mesh = f"{f['mesh']['data']} x {f['mesh']['tensor']}"
         cells = [f"{f['chips']} {f['chip']}", mesh, str(f["prompts"]), f"{f['weights']:.2f}, {f['memory']:.1f}"]
         exchanged = [f"{f['count']:,}, {f['sent'] / 1e9:.0f}", time(f["waiting"])]
@@ -122,7 +118,7 @@ def chip_rows(made: dict) -> list[list[str]]:
 
 
 def size_rows(made: dict) -> list[list[str]]:
-    """A line for each K, length and depth."""
+    """A line for each K and length."""
     rows = [["on 4 v5p", "GiB a chip: weights, in all", *STEP, "step", "MFU", "chip-hours per 1,000 prompts"]]
     for study, (name, default) in SIZES.items():
         for f in made[study]:
@@ -141,7 +137,7 @@ def time(seconds: float) -> str:
 
 
 def picture(made: dict) -> Figure:
-    """Time, memory and cost by chips; time by K, length and depth."""
+    """Time, memory and cost by chips; time by K and length."""
     with matplotlib.rc_context(style.STYLE):
         figure = Figure(figsize=(8.6, 6.8))
         (seconds, memory), (cost, size) = figure.subplots(2, 2)
@@ -154,13 +150,14 @@ def picture(made: dict) -> Figure:
         first = made["v5p"][0]
         ideal = [f | {"seconds": first["seconds"] * first["chips"] / f["chips"]} for f in made["v5p"]]
         draw(seconds, ideal, "seconds", "v5p in proportion", style.MUTED, "--")
-        draw(cost, made["prompts"], "chip_hours", "v5p, 4 to 32 prompts", style.trained(1), "o--")
+        draw(cost, made["groups"], "chip_hours", "v5p, 4 prompts to 16 chips", style.trained(1), "o--")
         for i, study in enumerate(SIZES):
-            draw_size(size, made[study], study, style.trained((1, 2, 5)[i]))
+            draw_size(size, made[study], study, style.trained(1 + i))
         by_chips(seconds, "Least time of a step (s)", [4, 8, 16], [0.2, 0.5, 1, 2])
         by_chips(memory, "Memory a chip (GiB)", [4, 8, 16], [1, 2, 5, 10, 20])
         by_chips(cost, "Chip-hours per 1,000 prompts", [4, 8, 16, 32, 64, 128], [0.1, 0.2, 0.5, 1])
         size.set(title="Least time of a step on 4 v5p (s)", xlabel="times the default", ylim=(0, None))
+        size.set_xticks([1, 2], ["1", "2"])
         for axes in (seconds, memory, cost, size):
             style.tidy(axes, grid="y")
             axes.legend(fontsize=8)
@@ -180,7 +177,7 @@ def by_chips(axes: Axes, title: str, chips: list[int], values: list[float]) -> N
 
 
 def draw_size(axes: Axes, points: list[dict], study: str, color: str) -> None:
-    """A step's time by the multiple of the default K, length or depth."""
+    """A step's time by the multiple of the default K or length."""
     name, default = SIZES[study]
     axes.plot([f[name] / default for f in points], [f["seconds"] for f in points], "o-", color=color, label=study)
 
