@@ -168,7 +168,7 @@ def main() -> None:
             result |= {"change": args.set | change, "shape": dataclasses.asdict(shape), "hardware": hardware()}
             print(table.line(result), flush=True)
             same = [r for r in results if (r["row"], r["change"]) == (row, result["change"])]
-            results = [r for r in results if r not in same] + [result]
+            results = sorted([*(r for r in results if r not in same), result], key=lambda r: ROWS.index(r["row"]))
             file.write_text(json.dumps(results, indent=1) + "\n")
             file.with_suffix(".md").write_text(table.markdown(args.preset, results))
 
