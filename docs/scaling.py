@@ -27,10 +27,11 @@ STEP = ("roll-out", "reference", "update")
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """GRPOz on a topology: 4 prompts, K = 8 samples of 256 tokens, layers split by heads, but for `keys`."""
+    """GRPOz on a topology: 4 prompts, K = 8 samples of 256 tokens, 32 layers split by heads, but for `keys`."""
 
     topology: str
     keys: tuple[str, ...] = ()
+    layers: int = 32
 
 
 V5P, BASE, SIXTEEN = "v5p:2x2x1", Point("v5p:2x2x1"), Point("v5p:2x2x4")
@@ -40,8 +41,9 @@ STUDIES = {
     "v5e": [*map(Point, ("v5e:2x4", "v5e:4x4"))],
     "K": [BASE, Point(V5P, ("grpo.samples=16",))],
     "length": [BASE, Point(V5P, ("data.max_tokens=512",))],
+    "layers": [Point(V5P, layers=16), BASE],
 }
-SIZES = {"K": ("samples", 8), "length": ("tokens", 256)}  # and their defaults
+SIZES = {"K": ("samples", 8), "length": ("tokens", 256), "layers": ("layers", 32)}  # and their defaults
 
 
 def main() -> None:
@@ -60,22 +62,32 @@ def main() -> None:
 def kept(point: Point) -> dict:
     """A point's figures, planned unless they are there."""
     every = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
-    name = " ".join([point.topology, *point.keys])
+    name = " ".join([point.topology, *point.keys, f"layers={point.layers}"])
     if name not in every:
         print(name, file=sys.stderr)
-        every[name] = figures(planned_at(point))
+        every[name] = figures(planned_at(point), point.layers)
         FIGURES.write_text(json.dumps(every, indent=1) + "\n")
     return every[name]
 
 
 def planned_at(point: Point) -> dict:
     """A point's plan, of the programs of a training step."""
-    given = [f"--config.{key}" for key in point.keys]
+    keys = [*point.keys, f"model.checkpoint={model(point.layers)}"]
+    given = [f"--config.{key}" for key in keys]
     config, _ = settings.parse(["plan", "--config=configs/grpoz.py", "--workdir=unused", *given])
     return plan.run(plan.Case(config, "configs/grpoz.py", point.topology, WINDOW, plan.TEXT, CACHE, STEP))
 
 
-def figures(result: dict) -> dict:
+def model(layers: int) -> Path:
+    """A directory with the published config.json, the decoder as deep as wanted."""
+    directory = CACHE / f"layers_{layers}"
+    directory.mkdir(parents=True, exist_ok=True)
+    text = plan.PUBLISHED["text_config"] | {"num_hidden_layers": layers}
+    (directory / "config.json").write_text(json.dumps(plan.PUBLISHED | {"text_config": text}))
+    return directory
+
+
+def figures(result: dict, layers: int) -> dict:
     """What the tables and the picture show of a plan."""
     about, programs = result["about"], {p["name"]: p for p in result["programs"]}
     fullest = max(programs.values(), key=planned.total)
@@ -88,6 +100,7 @@ def figures(result: dict) -> dict:
         "prompts": programs["update"]["prompts"],
         "samples": programs["roll-out"]["completions"],
         "tokens": about["completion_tokens"],
+        "layers": layers,
     }
     if (step := planned.step(result)) is None:
         return found | {"verdict": planned.verdict(fullest, about)}
@@ -118,7 +131,7 @@ def chip_rows(made: dict) -> list[list[str]]:
 
 
 def size_rows(made: dict) -> list[list[str]]:
-    """A line for each K and length."""
+    """A line for each K, length and depth."""
     rows = [["on 4 v5p", "GiB a chip: weights, in all", *STEP, "step", "MFU", "chip-hours per 1,000 prompts"]]
     for study, (name, default) in SIZES.items():
         for f in made[study]:
@@ -137,7 +150,7 @@ def time(seconds: float) -> str:
 
 
 def picture(made: dict) -> Figure:
-    """Time, memory and cost by chips; time by K and length."""
+    """Time, memory and cost by chips; time by K, length and depth."""
     with matplotlib.rc_context(style.STYLE):
         figure = Figure(figsize=(8.6, 6.8))
         (seconds, memory), (cost, size) = figure.subplots(2, 2)
@@ -152,12 +165,12 @@ def picture(made: dict) -> Figure:
         draw(seconds, ideal, "seconds", "v5p in proportion", style.MUTED, "--")
         draw(cost, made["groups"], "chip_hours", "v5p, 4 prompts to 16 chips", style.trained(1), "o--")
         for i, study in enumerate(SIZES):
-            draw_size(size, made[study], study, style.trained(1 + i))
+            draw_size(size, made[study], study, style.trained((1, 2, 5)[i]))
         by_chips(seconds, "Least time of a step (s)", [4, 8, 16], [0.2, 0.5, 1, 2])
         by_chips(memory, "Memory a chip (GiB)", [4, 8, 16], [1, 2, 5, 10, 20])
         by_chips(cost, "Chip-hours per 1,000 prompts", [4, 8, 16, 32, 64, 128], [0.1, 0.2, 0.5, 1])
         size.set(title="Least time of a step on 4 v5p (s)", xlabel="times the default", ylim=(0, None))
-        size.set_xticks([1, 2], ["1", "2"])
+        size.set_xticks([0.5, 1, 2], ["0.5", "1", "2"])
         for axes in (seconds, memory, cost, size):
             style.tidy(axes, grid="y")
             axes.legend(fontsize=8)
@@ -177,7 +190,7 @@ def by_chips(axes: Axes, title: str, chips: list[int], values: list[float]) -> N
 
 
 def draw_size(axes: Axes, points: list[dict], study: str, color: str) -> None:
-    """A step's time by the multiple of the default K or length."""
+    """A step's time by the multiple of the default K, length or depth."""
     name, default = SIZES[study]
     axes.plot([f[name] / default for f in points], [f["seconds"] for f in points], "o-", color=color, label=study)
 
