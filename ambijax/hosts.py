@@ -1,6 +1,6 @@
 """The processes of a run: how they find each other, which one writes, and how they stop together.
 
-    one process                      nobody to find
+    one process                      a cluster of one, on a free port of the loopback
     SLURM, TPU VM, GKE, Open MPI     as `jax.distributed` detects them
     anything else                    JAX_COORDINATOR_ADDRESS=host:port JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0
 
@@ -31,6 +31,8 @@ from jax._src import distributed  # the key-value store that every process sees 
 from jax.experimental import multihost_utils
 
 from ambijax import errors, signals
+
+ALONE = 10**8  # seconds: jax's heartbeat would end a process that was suspended, and alone nobody waits for it
 
 PERIOD = 1.0  # seconds between signs of life, at most
 
@@ -65,11 +67,13 @@ def cluster(heartbeat: int, start: int) -> Iterator[None]:
 
 
 def connect(heartbeat: int, start: int) -> None:
-    """`jax.distributed.initialize` with what the environment says; a process that is alone joins nothing.
+    """`jax.distributed.initialize` with what the environment says, or as a cluster of one; a second call does nothing.
 
     Raises:
       ConfigError: the others are not there in time, or the description of the cluster is incomplete.
     """
+    if jax.distributed.is_initialized():
+        return
     # jax's own heartbeat aborts without a name, between half its time-out and all of it: ours comes before.
     common = {"heartbeat_timeout_seconds": 2 * heartbeat + 10, "initialization_timeout": start}
     jax.config.update("jax_check_proxy_envs", False)  # dealt with by _no_proxy
@@ -86,9 +90,14 @@ def connect(heartbeat: int, start: int) -> None:
     if state.num_processes > 1:
         print(f"{_name()} of {state.num_processes} joined {state.coordinator_address}")
         return
-    if jax.distributed.is_initialized():  # a job of one task; its heartbeat would end it after a longer suspension
+    if jax.distributed.is_initialized():  # a job of one task, with a heartbeat
         jax.distributed.shutdown()
-    signals.catch()  # acts at once, also while XLA compiles; jax's own would wait
+    address = f"127.0.0.1:{_free_port()}"
+    _no_proxy(address)
+    jax.config.update("jax_enable_preemption_service", False)  # `signals` acts at once, also while XLA compiles
+    here = {"coordinator_bind_address": address, "cluster_detection_method": "deactivate"}
+    jax.distributed.initialize(address, 1, 0, heartbeat_timeout_seconds=ALONE, **here)
+    signals.catch()
 
 
 def is_main() -> bool:
@@ -279,6 +288,12 @@ def _no_proxy(address: str) -> None:
     host = address.rsplit(":", 1)[0]
     others = os.environ.get("no_grpc_proxy", os.environ.get("no_proxy", ""))  # noqa: SIM112, gRPC's spelling
     os.environ["no_grpc_proxy"] = ",".join(filter(None, (others, host)))  # noqa: SIM112
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def _name() -> str:

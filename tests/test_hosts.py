@@ -194,27 +194,32 @@ def test_an_incomplete_cluster_is_named(names, message, monkeypatch):
         hosts.connect(heartbeat=60, start=60)
 
 
-def _alone(code: str, **environment: str) -> str:
-    """What a program says that joined a cluster of one process."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", **environment}
-    env |= {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
+def _alone(code: str, **environment: str) -> subprocess.Popen:
+    """A program that nobody told of a cluster."""
     code = "import time, jax; from ambijax import hosts; hosts.connect(heartbeat=1, start=10); " + code
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=100, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    env = {key: value for key, value in os.environ.items() if key not in names} | {"JAX_PLATFORMS": "cpu"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-u", "-c", code], cwd=ROOT, env=env | environment, **streams)
 
 
-def test_a_proxy_does_not_stand_before_the_loopback():
+def test_a_plain_machine_is_a_cluster_of_one_behind_a_proxy_too():
     # gRPC asks the proxy even for 127.0.0.1, and would wait five minutes for it.
     proxy = "http://127.0.0.1:1"
-    assert _alone("print(jax.process_count())", http_proxy=proxy, https_proxy=proxy) == "1"
+    process = _alone(
+        "print(jax.distributed.is_initialized(), jax.process_count())", http_proxy=proxy, https_proxy=proxy
+    )
+    out, err = process.communicate(timeout=100)
+    assert out.strip() == "True 1", err
 
 
-def test_a_process_alone_has_no_heartbeat_to_miss():
-    """A laptop that sleeps, a job that the scheduler suspends: jax's heartbeat would end it when it wakes."""
-    assert _alone("print(jax.distributed.is_initialized(), jax.numpy.ones(3).sum())") == "False 3.0"
+@pytest.mark.slow
+def test_a_process_alone_survives_a_suspension():
+    """A laptop that sleeps, a job that the scheduler suspends: twice the heartbeat and ten seconds would end it."""
+    process = _alone("print('here'); [time.sleep(1) for _ in range(20)]; print(jax.numpy.ones(3).sum())")
+    assert process.stdout.readline().strip() == "here"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(45)
+    process.send_signal(signal.SIGCONT)
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, out.strip()) == (0, "3.0"), err
