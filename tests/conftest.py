@@ -29,6 +29,21 @@ def shared_data() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="module")
+def model():
+    """The random model of tests/small.py."""
+    from tests import small  # jax must not be imported before the lines above
+
+    return small.model()
+
+
+@pytest.fixture(scope="module")
+def variables(model):
+    from tests import small
+
+    return small.variables(model)
+
+
 @pytest.fixture(autouse=True)
 def _loud() -> Iterator[None]:
     """A command that is run inside a test may turn warnings off; the next test hears them again."""

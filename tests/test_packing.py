@@ -14,16 +14,6 @@ B, G, T = 4, 3, 9
 
 
 @pytest.fixture(scope="module")
-def model():
-    return small.model()
-
-
-@pytest.fixture(scope="module")
-def variables(model):
-    return small.variables(model)
-
-
-@pytest.fixture(scope="module")
 def asked():
     """Prompts padded on either side."""
     prompt = small.prompts(B)

@@ -15,16 +15,6 @@ from tests import small
 N = 10  # completion length
 
 
-@pytest.fixture(scope="module")
-def model():
-    return small.model()
-
-
-@pytest.fixture(scope="module")
-def variables(model):
-    return small.variables(model)
-
-
 def _rollout(model, variables, prompt, *, samples, temperature, tokens=small.TOKENS, seed=0):
     return policy.rollout(
         model,

@@ -12,16 +12,6 @@ from tests import small
 T = 6
 
 
-@pytest.fixture(scope="module")
-def model():
-    return small.model()
-
-
-@pytest.fixture(scope="module")
-def variables(model):
-    return small.variables(model)
-
-
 def _loss_and_gradient(model, variables, prompt, completions):
     def loss(lora):
         scores = policy.score(
