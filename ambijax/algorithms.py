@@ -22,8 +22,8 @@ from ambijax.structs import Batch, Completions, Group, Preferences, Prompt, Roll
 
 def collect_nothing(setting: Setting, variables: dict, batch: Batch, key: jax.Array) -> tuple[Batch, dict, list]:
     """SFT learns from the batch as it is."""
-    packed = batch.replace(gold=setting.pack(batch.prompt, batch.gold))
-    return sharding.place(packed, setting.mesh), {}, []
+    batch = batch.replace(gold=setting.pack(batch.prompt, batch.gold))
+    return sharding.place(batch, setting.mesh), {}, []
 
 
 def sft_loss(setting: Setting, variables: dict, batch: Batch, rngs: dict) -> tuple[jax.Array, dict]:
