@@ -292,8 +292,10 @@ def _score(
     """One slice: log pi_y [..., t], entropy [..., t], and d log pi_y / d logits = (e_y - pi) / temperature.
 
     Written so that the logits are stored once and exp(logits) once: a shifted copy of them, as in log_softmax, costs as
-    much as a quarter of the product.
+    much as a quarter of the product. The logits are a plain matrix, because sums over an array with an axis of size one
+    take XLA on a CPU forty times as long (docs/log.md).
     """
+    shape, hidden, targets = targets.shape, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     logits = _dot(hidden, kernel) / temperature
     top = logits.max(axis=-1, keepdims=True)
     exp = jnp.exp(logits - top)
@@ -303,7 +305,8 @@ def _score(
     hit = jax.nn.one_hot(targets, kernel.shape[1], dtype=bool)
     logp = jnp.sum(jnp.where(hit, logits, 0), axis=-1) - log_total
     entropy = log_total - jnp.sum(exp * logits, axis=-1) / total
-    return logp, entropy, (hit - exp / total[..., None]) / temperature
+    by_logits = (hit - exp / total[..., None]) / temperature
+    return logp.reshape(shape), entropy.reshape(shape), by_logits.reshape(*shape, -1)
 
 
 def _dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
