@@ -1,7 +1,7 @@
 """Utterances and their sounds -> Batch, a pure function of (seed, step): there is nothing to save in order to resume.
 
 Shapes come from a small declared set, so that nothing compiles after warm-up: an audio window for each configured
-length, one text length (the longest prompt of the corpus), one completion length.
+length, and with it the longest prompt of the corpus whose clip fits into it; one completion length.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from ambijax.errors import ConfigError
 from ambijax.prompt import Vocabulary, encode_gold, encode_prompt
 from ambijax.structs import Batch, Completions, Prompt
 
-ROUND = 16  # text length is rounded up to a multiple of this, so that similar corpora share compiled programs
+ROUND = 16  # prompt slots are rounded up to a multiple of this, so that similar corpora share compiled programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Dataset:
     first: int  # index of the first utterance among all splits': examples are numbered across the corpus
     live_tower: bool  # sounds are log-mel
     windows: tuple[int, ...]  # declared mel lengths
-    text_tokens: int  # prompt tokens beside the audio
+    slots: tuple[int, ...]  # of a prompt in each window, see `prompt_slots`
     max_tokens: int  # completion length
     pad: int
     label_in_ce: bool  # cross entropy covers the class word
@@ -87,7 +87,7 @@ class Dataset:
             [self.sounds[i] for i in indices],
             [self.first + i for i in indices],
             windows=self.windows,
-            text_tokens=self.text_tokens,
+            slots=self.slots,
             pad=self.pad,
             live_tower=self.live_tower,
         )
@@ -123,14 +123,32 @@ def prompts(
     numbers: Sequence[int],
     *,
     windows: Sequence[int],
-    text_tokens: int,
+    slots: Sequence[int],
     pad: int,
     live_tower: bool,
 ) -> Prompt:
-    """Tokenised prompts and their sounds as one batch of numpy arrays; `numbers` seed the sampling."""
+    """Tokenised prompts and their sounds as one batch of numpy arrays, in the smallest window that holds the sounds.
+
+    Args:
+      tokens: int32 ids of each prompt.
+      sounds: of each prompt.
+      numbers: of each prompt; they seed the sampling.
+      windows: declared mel lengths.
+      slots: of a prompt in each window, see `prompt_slots`; the window alone says how wide the batch is.
+      pad: token id of empty slots.
+      live_tower: sounds are log-mel.
+
+    Raises:
+      ConfigError: a prompt is longer than the slots of the window: it was not among those that they were made for.
+    """
     window = audio.window(max(s.frames for s in sounds), windows)
-    length = window // 4 + text_tokens
+    length = dict(zip(windows, slots, strict=True))[window]
     lengths = np.array([len(ids) for ids in tokens])
+    if lengths.max() > length:
+        raise ConfigError(
+            f"a prompt of {lengths.max()} tokens is longer than the {length} slots that were declared for windows of "
+            f"{window} mel frames; declare slots for all prompts that will be asked (data.prompt_slots)"
+        )
     if live_tower:
         heard = {"mel": np.stack([s.values for s in sounds]), "frames": np.array([s.frames for s in sounds], np.int32)}
     else:
@@ -153,8 +171,26 @@ def completions(written: Sequence[tuple[np.ndarray, int]], length: int, pad: int
     )
 
 
+def prompt_slots(lengths: Sequence[int], frames: Sequence[int], windows: Sequence[int]) -> tuple[int, ...]:
+    """How wide a batch of prompts is in each window: as the longest prompt whose clip fits into it, rounded up.
+
+    A short clip may lie in a batch with a long one, so all that fit count. A window into which no clip fits gets none.
+
+    Args:
+      lengths: tokens of each prompt, audio included.
+      frames: valid mel frames of each prompt's clip.
+      windows: declared mel lengths.
+
+    >>> prompt_slots([100, 130], [200, 300], (256, 512, 1024))
+    (112, 144, 144)
+    """
+    needed = [audio.window(n, windows) for n in frames]
+    longest = {w: max((p for p, n in zip(lengths, needed, strict=True) if n <= w), default=0) for w in windows}
+    return tuple(round_up(longest[w]) for w in windows)
+
+
 def round_up(tokens: int) -> int:
-    """A text length to the next declared one."""
+    """A number of tokens to the next declared one."""
     return -(-tokens // ROUND) * ROUND
 
 
@@ -186,7 +222,7 @@ def build(
     label_in_ce: bool,
     live_tower: bool,
 ) -> dict[str, Dataset]:
-    """Tokenises the splits in `names`. All of them share one text length.
+    """Tokenises the splits in `names`. All of them share the slots of each window.
 
     Args:
       splits: name -> utterances; examples are numbered across all of them, whichever are built.
@@ -221,7 +257,9 @@ def build(
             f"{len(unfit)} of {len(curated)} chains of thought break the format or exceed data.max_tokens={max_tokens};"
             f" these utterances are kept for the read-out alone: {', '.join(unfit[:3])}"
         )
-    text = max(len(e.prompt) - sounds[u.id].tokens for n in names for u, e in zip(splits[n], examples[n], strict=True))
+    lengths = [len(example.prompt) for name in names for example in examples[name]]
+    frames = [sounds[utterance.id].frames for name in names for utterance in splits[name]]
+    slots = prompt_slots(lengths, frames, windows)
     return {
         name: Dataset(
             split=name,
@@ -232,7 +270,7 @@ def build(
             first=firsts[name],
             live_tower=live_tower,
             windows=tuple(windows),
-            text_tokens=round_up(text),
+            slots=slots,
             max_tokens=max_tokens,
             pad=vocabulary.endoftext,
             label_in_ce=label_in_ce,

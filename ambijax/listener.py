@@ -40,7 +40,7 @@ _UNTOLD = {
     "cot": True,
     "style": "steps",
     "max_tokens": 256,
-    "windows": [256, 512, 1024],
+    "windows": [256, 512, 768, 1024, 1536, 2048, 3000],
     "temperature": 1.0,
     "batch_size": 16,
 }
@@ -155,12 +155,13 @@ class Model:
         size = sharding.round_up(1 << (len(heard) - 1).bit_length(), self.setting.mesh)
         rows = [*range(len(heard))] + [0] * (size - len(heard))
         numbers = [zlib.crc32(clip.tobytes()) & 0x7FFFFFFF for clip in heard]  # what is drawn depends on the sound
+        text = data.round_up(max(len(t) - s.tokens for t, s in zip(tokens, sounds, strict=True)))
         asked = data.prompts(
             [tokens[i] for i in rows],
             [sounds[i] for i in rows],
             [numbers[i] for i in rows],
             windows=windows,
-            text_tokens=data.round_up(max(len(t) - s.tokens for t, s in zip(tokens, sounds, strict=True))),
+            slots=[window // 4 + text for window in windows],  # what comes next may fill its window: no new program
             pad=v.endoftext,
             live_tower=False,
         )

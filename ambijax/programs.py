@@ -71,7 +71,7 @@ def programs(setting: Setting, window: int, text: int) -> Iterator[Program]:
     Args:
       setting: from `setting` above.
       window: mel frames of the clips.
-      text: prompt tokens beside the audio.
+      text: prompt tokens beside the audio, of a clip that fills the window: as wide as a batch can become.
     """
     c = setting.config
     rows = functools.partial(_rows, setting.mesh)

@@ -102,7 +102,7 @@ class Side:
             sounds,
             range(len(asked)),
             windows=self.windows,
-            text_tokens=data.round_up(self.shape.prompt - self.shape.audio_tokens),
+            slots=data.prompt_slots([len(ids) for ids in asked], [s.frames for s in sounds], self.windows),
             pad=VOCABULARY.endoftext,
             live_tower=live,
         )

@@ -53,7 +53,10 @@ def get_config(corpus: str) -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.batch_size = 8  # prompts a step, over all devices; unknown
-    c.data.windows = (256, 512, 1024, 3000)  # audio lengths in 10 ms mel frames that programs are compiled for
+    # Lengths in 10 ms mel frames that clips are put into; a batch takes the smallest that holds its longest clip, and
+    # the slots of the corpus' longest prompt there. Each is another set of programs, compiled when a first batch falls
+    # into it and not before: CREMA-D's clips need two of them, and a 12 s clip of IEMOCAP does not pay for 30 s.
+    c.data.windows = (256, 512, 768, 1024, 1536, 2048, 3000)
     c.data.features = f"{CACHE}/features"  # outputs of the frozen tower, a clip's made once ever; "" keeps none
     c.data.max_tokens = 256  # completion length; the paper's chains of thought are about 150 words
     c.data.pack = False  # True: padding is left out between attentions; exact, with up to four programs for one

@@ -81,14 +81,18 @@ def test_the_last_step_that_compiled_is_known():
     assert programs.compiled + programs.cached == before
 
 
+WARM = (1.0, 5.0, 29.0)  # s, a clip in every window
+THEN = (1.3, 2.4, 4.5, 9.9, 10.5, 30.0)
+
+
 def _prompt(seconds: list[float], example: int):
     frames = [audio.mel_frames(round(s * audio.SAMPLE_RATE)) for s in seconds]
+    corpus = [audio.mel_frames(round(s * audio.SAMPLE_RATE)) for s in (*WARM, *THEN, *range(1, 7))]
+    slots = data.prompt_slots([audio.tokens(f) + 2 for f in corpus], corpus, WINDOWS)
     sounds = [data.Sound(f, np.ones((audio.tokens(f), 32), np.float32)) for f in frames]
     tokens = [np.array([9, *[small.AUDIO] * s.tokens, small.TOKENS.newline], np.int32) for s in sounds]
     numbers = range(example, example + len(tokens))
-    return data.prompts(
-        tokens, sounds, numbers, windows=WINDOWS, text_tokens=16, pad=small.TOKENS.pad, live_tower=False
-    )
+    return data.prompts(tokens, sounds, numbers, windows=WINDOWS, slots=slots, pad=small.TOKENS.pad, live_tower=False)
 
 
 def test_nothing_compiles_after_warm_up_over_clips_of_1_to_30_seconds():
@@ -115,11 +119,11 @@ def test_nothing_compiles_after_warm_up_over_clips_of_1_to_30_seconds():
     keys = [jax.random.key(i) for i in range(8)]
     lora = jax.tree.map(jnp.array, variables["lora"])
     with compilation.Programs() as programs:
-        for seconds in (1.0, 5.0, 29.0):  # every declared window once
+        for seconds in WARM:
             lora = step(_prompt([seconds, 1.0], 0), lora, keys[0])
         warm = programs.compiled + programs.cached  # an earlier test of this process may keep programs on disk
         assert warm >= 3 * 3
-        for i, seconds in enumerate((1.3, 2.4, 4.5, 9.9, 10.5, 30.0)):
+        for i, seconds in enumerate(THEN):
             lora = step(_prompt([seconds, 1.0 + i], i), lora, keys[i])
     assert programs.compiled + programs.cached == warm
     assert np.isfinite(jax.tree.leaves(lora)[0]).all()

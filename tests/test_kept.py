@@ -94,7 +94,7 @@ def test_a_kept_output_is_the_computed_one_bit_for_bit(hear):
 
 
 def test_a_batch_of_kept_outputs_is_that_of_computed_ones(hear):
-    how = {"numbers": range(3), "windows": (256,), "text_tokens": 16, "pad": 0, "live_tower": False}
+    how = {"numbers": range(3), "windows": (256,), "slots": (80,), "pad": 0, "live_tower": False}
     batches = []
     for directory in ({"directory": ""}, {}, {}):
         sounds, _ = hear(**directory)

@@ -69,6 +69,12 @@ def test_one_clip_one_prediction(model, clips, whole):
     np.testing.assert_allclose(whole[2].entropy, -(p * np.log2(p)).sum(), atol=1e-5)
 
 
+def test_clips_in_one_window_share_their_programs(model, clips):
+    with jax.set_mesh(model.setting.mesh):
+        shapes = {model._asked([audio.load(clip)], [""]).tokens.shape for clip in (clips[0], clips[2])}
+    assert len(shapes) == 1
+
+
 def test_a_transcript_is_read(model, clips, whole):
     said = model.predict(clips[0], "It was a long day.")
     assert said.distribution != whole[0].distribution

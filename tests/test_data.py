@@ -1,0 +1,131 @@
+"""A batch is as wide as the longest prompt of the corpus whose clip fits into the batch's window, and no wider."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ambijax import audio, canaries, data, policy, prompt
+from ambijax.emotions import CREMAD
+from ambijax.errors import ConfigError
+from ambijax.manifest import Utterance
+from tests import small
+from tests.test_prompt import train
+
+WINDOWS = (256, 512, 1024, 3000)
+
+
+@pytest.mark.parametrize(
+    ("clips", "windows", "slots"),
+    [
+        ([(100, 200), (130, 300)], WINDOWS, (112, 144, 144, 144)),  # nothing in the last two: as the one before
+        ([(112, 200), (113, 253)], WINDOWS, (128,) * 4),  # one token more than a multiple of 16 takes sixteen more
+        ([(96, 254), (120, 255)], WINDOWS, (96, 128, 128, 128)),  # two silent frames follow a clip in its window
+        ([(160, 100), (130, 500)], WINDOWS, (160,) * 4),  # little sound, many words: it may lie beside the long clip
+        ([(830, 3000)], WINDOWS, (0, 0, 0, 832)),  # no batch can fall into the first three
+        ([(830, 3000), (80, 100)], (3000, 256, 3000), (832, 80, 832)),  # in any order, and twice
+    ],
+)
+def test_slots_by_hand(clips, windows, slots):
+    assert data.prompt_slots(*zip(*clips, strict=True), windows) == slots
+
+
+# A corpus of six clips, short and long, of few words and of many ----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory) -> prompt.Vocabulary:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    train([prompt.instruction("well", CREMAD, style="answer")] * 20).save(str(directory / "tokenizer.json"))
+    return prompt.load(directory, CREMAD)
+
+
+SPLITS = {
+    "train": [(12, "well"), (600, "well"), (480, "well " * 40), (2990, "well")],
+    "test": [(100, "well " * 30), (1010, "well " * 5)],
+}
+FRAMES = {f"{name}{i}.wav": clip[0] for name, clips in SPLITS.items() for i, clip in enumerate(clips)}
+
+
+def utterances(split: str) -> list[Utterance]:
+    clips = enumerate(SPLITS[split])
+    return [Utterance(f"{split}{i}", f"{split}{i}.wav", words, "s", 0, {"anger": 1}) for i, (_, words) in clips]
+
+
+def build(vocabulary: prompt.Vocabulary, edit: object = list) -> dict[str, data.Dataset]:
+    splits = {split: edit(utterances(split)) for split in SPLITS}
+    heard = {u.id: FRAMES[u.audio] for split in splits.values() for u in split}
+    sounds = {name: data.Sound(n, np.zeros((audio.tokens(n), 4), np.float32)) for name, n in heard.items()}
+    how = {"max_tokens": 8, "style": "answer", "gold_label": "argmax", "seed": 0, "label_in_ce": True}
+    return data.build(splits, tuple(splits), sounds, vocabulary, windows=WINDOWS, live_tower=False, root=Path(), **how)
+
+
+@pytest.mark.parametrize("edit", [list, canaries.swap_audio, canaries.swap_transcript])
+def test_every_batch_fits_and_its_width_is_its_windows(vocabulary, edit):
+    sets = build(vocabulary, edit)
+    (slots,) = {dataset.slots for dataset in sets.values()}
+    assert len({*slots}) == len(WINDOWS)
+    used, fullest = set(), dict.fromkeys(WINDOWS, 0)
+    for dataset in sets.values():
+        for several in itertools.product(range(len(dataset)), repeat=2):
+            batch = dataset.prompts(several)
+            window = 4 * batch.audio.shape[1]
+            assert window == audio.window(max(dataset.sounds[i].frames for i in several), WINDOWS)
+            assert batch.tokens.shape == batch.mask.shape == (2, dict(zip(WINDOWS, slots, strict=True))[window])
+            for row, i in enumerate(several):
+                asked = dataset.examples[i].prompt
+                np.testing.assert_array_equal(batch.tokens[row][batch.mask[row]], asked)
+                assert np.sum(asked == vocabulary.audio) == dataset.sounds[i].tokens <= batch.audio.shape[1]
+            used.add(window)
+            fullest[window] = max(fullest[window], batch.mask.sum(axis=1).max())
+    assert used == {*WINDOWS}
+    longest = itertools.accumulate((fullest[window] for window in WINDOWS), max)
+    assert slots == tuple(data.round_up(int(n)) for n in longest)  # and not one step wider
+
+
+def test_a_prompt_that_nobody_counted_is_an_error_and_is_not_cut(vocabulary):
+    plain, swapped = (build(vocabulary, edit)["test"] for edit in (list, canaries.swap_audio))
+    asked = dataclasses.replace(swapped, slots=plain.slots)  # the long clip now comes with more words
+    needed, room = len(swapped.examples[0].prompt), plain.slots[2]
+    assert room < needed <= swapped.slots[2]
+    message = f"^a prompt of {needed} tokens is longer than the {room} slots .* for windows of 1024 mel frames"
+    with pytest.raises(ConfigError, match=message):
+        asked.prompts([1, 0])
+    assert asked.prompts([1]).tokens.shape == (1, plain.slots[0])
+
+
+# What the model makes of it ------------------------------------------------------------------------------------------
+
+
+def test_the_model_hears_the_same_in_fewer_slots(model, variables):
+    rng = np.random.default_rng(0)
+    sounds = [data.Sound(n, rng.normal(size=(audio.tokens(n), 32)).astype(np.float32)) for n in (110, 200, 254)]
+    tokens = [
+        np.array([9, *[small.AUDIO] * s.tokens, *range(8, 8 + words), small.TOKENS.newline], np.int32)
+        for s, words in zip(sounds, (20, 3, 7), strict=True)
+    ]
+    lengths, frames = [len(t) for t in tokens], [s.frames for s in sounds]
+    given = small.completions(3, 2, 6)
+
+    def outcome(windows: tuple[int, ...], slots: tuple[int, ...]) -> tuple:
+        asked = data.prompts(tokens, sounds, range(3), windows=windows, slots=slots, pad=0, live_tower=False)
+        assert asked.tokens.shape[1] == slots[0]
+        how = {"class_ids": small.TOKENS.classes, "temperature": 1.0, "chunk": 4, "rngs": {}}
+        scores = policy.score(model, variables, asked, given, **how)
+        rolled = policy.rollout(
+            *(model, variables, asked, jax.random.key(0), small.ENDS_LINE),
+            **{"tokens": small.TOKENS, "samples": 2, "max_tokens": 6, "temperature": 1.0},
+        )
+        return scores.logp, scores.readout, rolled.readout, rolled.completions.tokens
+
+    *narrow, written = outcome((256,), data.prompt_slots(lengths, frames, (256,)))
+    *wide, rewritten = outcome((256,), (64 + 32,))  # room for a clip as long as the window beside the most words
+    *short, spoken = outcome((1024,), data.prompt_slots(lengths, frames, (1024,)))  # fewer slots than audio embeddings
+    np.testing.assert_array_equal(written, rewritten)
+    np.testing.assert_array_equal(written, spoken)
+    for a, b, c in zip(narrow, wide, short, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+        np.testing.assert_allclose(a, c, atol=1e-5)
