@@ -43,6 +43,7 @@ def mesh(config: FrozenConfigDict, shape: model_config.Qwen2AudioConfig, devices
         made,
         batch=config.data.batch_size,
         accumulate=config.optim.accumulate,
+        micro_batch=config.optim.micro_batch,
         heads=text.num_attention_heads,
         kv_heads=text.num_key_value_heads,
         hidden=text.hidden_size,

@@ -284,7 +284,7 @@ def _config(checkpoint: Path, told: dict, lora: LoraConfig = _NO_LORA, init_from
             "seed": 0,
             "init_from": str(init_from),
             "mesh": _MESH,
-            "optim": {"accumulate": 1, "train": ("lora/.*",)},
+            "optim": {"accumulate": 1, "micro_batch": 0, "train": ("lora/.*",)},
             "prompt": {"style": told["style"]},
             "data": {
                 **{key: told[key] for key in ("labels", "cot", "max_tokens")},

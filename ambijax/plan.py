@@ -201,10 +201,11 @@ def sweep(case: Case, start: dict) -> Iterator[str]:
     setting, _ = _prepared(case)
     programs_before = {p.name: p for p in _programs(case, setting)}
     before = {p["name"]: (programs_before[p["name"]], p) for p in start["programs"]}
-    split = setting.mesh.shape["data"] * setting.mesh.shape["fsdp"] * case.config.optim.accumulate
+    o = case.config.optim
+    unit = o.accumulate * (o.micro_batch or setting.mesh.shape["data"] * setting.mesh.shape["fsdp"])
     for key in ("data.batch_size", *SWEPT[case.config.algorithm], "data.max_tokens"):
         spares = functools.partial(_spares, case, key, before, tightest["name"])
-        fits, larger, lacks = _largest(case, key, split if key == "data.batch_size" else 1, room, spares)
+        fits, larger, lacks = _largest(case, key, unit if key == "data.batch_size" else 1, room, spares)
         yield f"{key} up to {fits}: {larger} {lacks}"
 
 

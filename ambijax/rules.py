@@ -112,6 +112,7 @@ RULES = {
     "optim.weight_decay": _real(0),
     "optim.clip": _real(_POSITIVE),
     "optim.accumulate": _whole(1, 2**16),
+    "optim.micro_batch": _whole(0, 2**16),  # 0 is a whole part
     "loss.lambda_ce": _real(0),
     "loss.lambda_kl": _real(0),
     "loss.kl_direction": _one_of("forward", "reverse"),
@@ -175,6 +176,7 @@ ADDED = {
     "model.attention": "xla",
     "data.features": "",
     "data.pack": False,
+    "optim.micro_batch": 0,
     "eval.every": 0,
     "eval.dev_clips": 256,  # of no evaluation
     "eval.metric": "js",
@@ -246,6 +248,17 @@ def _contradictions(c: dict) -> list[str]:
         ("data.pack", "optim.accumulate"),
         lambda pack, parts: not pack or parts == 1,
         "data.pack is without optim.accumulate={optim_accumulate}: parts of a batch would be of unequal size",
+    )
+    need(
+        ("optim.micro_batch", "optim.accumulate", "data.batch_size"),
+        lambda prompts, parts, size: prompts == 0 or size % (parts * prompts) == 0,
+        "optim.micro_batch={optim_micro_batch} must divide data.batch_size={data_batch_size} / "
+        "optim.accumulate={optim_accumulate}",
+    )
+    need(
+        ("data.pack", "optim.micro_batch"),
+        lambda pack, prompts: not pack or prompts == 0,
+        "data.pack is without optim.micro_batch={optim_micro_batch}: parts of a batch would be of unequal size",
     )
     need(
         ("eval.checkpoint", "eval.every"),

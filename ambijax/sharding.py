@@ -153,20 +153,33 @@ def constrain_batch(x: jax.Array, axis: int = 0) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition(*[None] * axis, "batch"))
 
 
+def micro_batches(x: jax.Array, size: int) -> jax.Array:
+    """[B, ...], split over its devices, to [B / size, size, ...]: every device has rows of each micro-batch.
+
+    Rows next to each other lie on one device. So a micro-batch takes every (B / size)-th of them, and none moves.
+    """
+    return constrain_batch(x.reshape(size, -1, *x.shape[1:]).swapaxes(0, 1), axis=1)
+
+
 def check(
-    mesh: Mesh, *, batch: int, accumulate: int, heads: int, kv_heads: int, hidden: int, mlp: int, vocab: int
+    mesh: Mesh,
+    *,
+    batch: int,
+    accumulate: int,
+    micro_batch: int,
+    heads: int,
+    kv_heads: int,
+    hidden: int,
+    mlp: int,
+    vocab: int,
 ) -> list[str]:
     """What does not divide, each with the config key and the nearest values that would; empty when all is well."""
     split = mesh.shape["data"] * mesh.shape["fsdp"]
-    found = []
-    split *= accumulate
-    if batch % split:
-        low, high = batch // split * split, -(-batch // split) * split
-        nearest = f"{low} or {high}" if low else f"{high}"
-        parts = "optim.accumulate x " if accumulate > 1 else ""
-        found.append(
-            f"data.batch_size={batch} is not a multiple of {parts}mesh.data x mesh.fsdp = {split}; try {nearest}"
-        )
+    parts = "optim.accumulate x " if accumulate > 1 else ""
+    found = [
+        *_no_multiple(f"data.batch_size={batch}", batch, f"{parts}mesh.data x mesh.fsdp", split * accumulate),
+        *_no_multiple(f"optim.micro_batch={micro_batch}", micro_batch, "mesh.data x mesh.fsdp", split),
+    ]
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     wanted = [
         ("attention heads", heads),
@@ -182,3 +195,11 @@ def check(
         divisors = [n for n in range(1, fsdp) if hidden % n == 0]
         found.append(f"mesh.fsdp={fsdp} does not divide the model's hidden width {hidden}; try {divisors[-1]}")
     return found
+
+
+def _no_multiple(given: str, value: int, what: str, unit: int) -> list[str]:
+    """That a value is no multiple of a unit, with the nearest values that are; empty when it is one."""
+    if value % unit == 0:
+        return []
+    low, high = value // unit * unit, -(-value // unit) * unit
+    return [f"{given} is not a multiple of {what} = {unit}; try " + (f"{low} or {high}" if low else f"{high}")]

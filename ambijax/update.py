@@ -12,7 +12,7 @@ from ambijax import guard, optim, sharding
 from ambijax.agent import Setting
 from ambijax.structs import TrainState
 
-DROPOUT = 2**31 - 1  # folded into a step's key for dropout, less the part's number; examples are numbered from 0
+DROPOUT = 2**31 - 1  # folded into a step's key for dropout, less a micro-batch's number; examples count from 0
 
 
 def start(config: FrozenConfigDict, variables: dict) -> tuple[TrainState, dict, optax.GradientTransformation]:
@@ -53,8 +53,9 @@ def make_update(
 ) -> Callable[[TrainState, dict, tuple, jax.Array], tuple[TrainState, dict]]:
     """The jitted update (state, frozen, parts, key) -> (state, metrics); it reuses the memory of `state`.
 
-    `parts` are a batch in equal parts (`algorithms.collect`). Their gradients are formed one after another and
-    averaged: the memory of one part, the update of the whole batch. (With adapter dropout other units are dropped.)
+    `parts` are a batch in equal parts (`algorithms.collect`), split further into micro-batches of
+    `optim.micro_batch` prompts. Their gradients are formed one after another and averaged: the memory of one
+    micro-batch, the update of the whole batch. (With adapter dropout other units are dropped.)
     An update that the guard refuses changes nothing but is counted in the metrics `skipped`.
     """
 
@@ -71,8 +72,9 @@ def make_update(
             (value, aux), gradients = jax.value_and_grad(objective, has_aux=True)(state.trained, part, key_of_part)
             return jax.tree.map(jnp.add, total, gradients), aux | {"loss": value}
 
-        n = len(parts)
-        stacked = jax.tree.map(lambda *x: sharding.constrain_batch(jnp.stack(x), axis=1), *parts)
+        micro = lambda x: sharding.micro_batches(x, setting.config.optim.micro_batch or len(x))  # noqa: E731
+        stacked = jax.tree.map(lambda *x: jnp.concatenate([micro(part) for part in x]), *parts)
+        n = len(jax.tree.leaves(stacked)[0])
         total, aux = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, state.trained), (jnp.arange(n), stacked))
         gradients = jax.tree.map(lambda g: g / n, total)
         aux = {name: value.mean() for name, value in aux.items()}

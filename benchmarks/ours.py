@@ -75,6 +75,8 @@ class Side:
         c.data.max_tokens = self.shape.new_tokens
         if "grpo" in c:
             c.grpo.samples = self.shape.samples
+            divides = self.shape.micro_batch and self.shape.clips % self.shape.micro_batch == 0
+            c.optim.micro_batch = self.shape.micro_batch if divides else 0
         return Timed(self.model, VOCABULARY, self.mesh, FrozenConfigDict(c))
 
     def mels(self, count: int) -> list[data.Sound]:

@@ -42,6 +42,7 @@ class Shape:
     rank: int = 8
     alpha: float = 16.0
     chunk: int = 32  # our completion positions per slice of vocabulary logits
+    micro_batch: int = 0  # our prompts of an RL update whose gradient is formed at once, 0 is all; SFT and DPO take all
     remat: str = ""  # our jax.checkpoint policy, '' is the one of configs/base.py
     reference_checkpointing: bool = False  # gradient checkpointing in torch: what a 7B step needs, and a small one not
 
@@ -100,6 +101,7 @@ PRESETS = {
     "67m": Shape(
         **{"hidden": 512, "mlp": 1408, "layers": 8, "heads": 8, "vocabulary": 32_000, "dtype": "float32"},
         **{"tower": 384, "tower_mlp": 1536, "tower_layers": 4, "tower_heads": 6},
+        **{"micro_batch": 1},
     ),
     # The published model's sizes; random weights made on the spot.
     "7b": Shape(

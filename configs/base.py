@@ -76,6 +76,7 @@ def get_config(corpus: str) -> ConfigDict:
     c.optim.weight_decay = 0.0  # unknown; LoRA is its own regulariser
     c.optim.clip = 1.0  # global norm; unknown
     c.optim.accumulate = 1  # parts a batch is collected and updated in: less memory, the same update
+    c.optim.micro_batch = 0  # prompts of a part whose gradient is formed at once, in the update alone; 0: all of it
 
     c.loss = ConfigDict()
     c.loss.lambda_ce = 1.0  # unknown

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from ambijax import (
     algorithms,
     assemble,
     audio,
+    cost,
     data,
     guard,
     metrics,
@@ -123,18 +125,32 @@ def placed(setting: Setting) -> dict:
     return jax.device_put(variables, sharding.shardings(variables, setting.mesh))
 
 
-def gradient(setting: Setting, parts: tuple) -> tuple[dict, dict]:
-    """What one update changes when it is plain descent at rate one, negated: the gradient; and its metrics."""
+def descent(setting: Setting) -> tuple[Callable, TrainState, dict]:
+    """The update when it is plain descent at rate one, and the state and the frozen variables that it starts from."""
     variables = placed(setting)
     trained, frozen = optim.split(variables, optim.labels(variables, ("lora/.*",)))
-    descent = optax.sgd(1.0)
+    plain = optax.sgd(1.0)
     zero, counters = jax.device_put((jnp.int32(0), guard.start(2)), NamedSharding(setting.mesh, PartitionSpec()))
-    state = TrainState(zero, trained, descent.init(trained), counters)
-    before = jax.tree.map(np.asarray, trained)
+    state = TrainState(zero, trained, plain.init(trained), counters)
+    return update.make_update(setting, ALGORITHMS[setting.config.algorithm].loss, plain, state), state, frozen
+
+
+def gradient(setting: Setting, parts: tuple) -> tuple[dict, dict]:
+    """What one update by plain descent changes, negated: the gradient; and its metrics."""
+    step, state, frozen = descent(setting)
+    before = jax.tree.map(np.asarray, state.trained)
     with jax.set_mesh(setting.mesh):
-        step = update.make_update(setting, ALGORITHMS[setting.config.algorithm].loss, descent, state)
         after, aux = step(state, frozen, parts, jax.random.key(1))
     return jax.tree.map(lambda a, b: a - np.asarray(b), before, after.trained), jax.tree.map(float, aux)
+
+
+def assert_same_update(expected: tuple[dict, dict], got: tuple[dict, dict]) -> None:
+    """Two results of `gradient`."""
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(expected[0]))
+    assert largest > 0.01
+    for x, y in zip(*map(jax.tree.leaves, (expected[0], got[0])), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * max(1, largest))
+    assert expected[1] == pytest.approx(got[1], rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -157,13 +173,43 @@ def test_parts_equal_the_whole_batch(vocabulary, algorithm, devices, parts):
     assert measured == pytest.approx(measured_in_parts, abs=1e-6)
     for group, same in zip(samples, samples_in_parts, strict=True):
         assert [member.get("text") for member in group] == [member.get("text") for member in same]
-    expected, aux = gradient(whole, (one,))
-    got, aux_in_parts = gradient(in_parts, four)
-    largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
-    assert largest > 0.01
-    for x, y in zip(*map(jax.tree.leaves, (expected, got)), strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * max(1, largest))
-    assert aux == pytest.approx(aux_in_parts, rel=1e-5, abs=1e-6)
+    assert_same_update(gradient(whole, (one,)), gradient(in_parts, four))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "devices", "accumulate", "sizes"),
+    [
+        ("sft", 1, 4, (1, 2)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                *((algorithm, 1, 4, (1, 2)) for algorithm in ("dpo", "grpo", "grpoz")),
+                *((algorithm, 8, 1, (8,)) for algorithm in CONFIGS),
+            ]
+        ),
+    ],
+)
+def test_micro_batches_equal_their_part(vocabulary, algorithm, devices, accumulate, sizes):
+    changes = {"devices": devices, "optim__accumulate": accumulate}
+    parts, _, _ = collect(make(vocabulary, algorithm, **changes))
+    expected = gradient(make(vocabulary, algorithm, **changes), parts)
+    for size in sizes:
+        got = gradient(make(vocabulary, algorithm, **changes, optim__micro_batch=size), parts)
+        assert_same_update(expected, got)
+
+
+@pytest.mark.slow
+def test_micro_batches_stay_on_their_devices_and_take_less_memory(vocabulary):
+    settings_ = [make(vocabulary, "sft", devices=8, optim__micro_batch=size) for size in (0, 8)]
+    parts, _, _ = collect(settings_[0])
+    temporary = []
+    for setting in settings_:
+        step, state, frozen = descent(setting)
+        with jax.set_mesh(setting.mesh):
+            compiled = step.lower(state, frozen, parts, jax.random.key(1)).compile()
+        assert {c.kind for c in cost.Compiled(compiled.as_text()).collectives()} == {"all-reduce"}
+        temporary.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert temporary[1] < 0.7 * temporary[0]
 
 
 # --- the options: what is collected and the loss, against numpy in float64
@@ -470,6 +516,12 @@ def test_all_that_is_trained_moves_and_the_rest_is_bit_equal(vocabulary, algorit
         ("grpoz", {"optim__train": FULL}, "or set grpo.beta_kl=0"),
         ("sft", {"optim__accumulate": 3}, "optim.accumulate=3 must divide data.batch_size=16"),
         ("sft", {"data__pack": True, "optim__accumulate": 2}, "data.pack is without optim.accumulate=2"),
+        (
+            "grpo",
+            {"optim__accumulate": 2, "optim__micro_batch": 3},
+            "optim.micro_batch=3 must divide data.batch_size=16 / optim.accumulate=2",
+        ),
+        ("sft", {"data__pack": True, "optim__micro_batch": 2}, "data.pack is without optim.micro_batch=2"),
         ("sft", {"loss__lambda_ce": 0.0, "loss__lambda_kl": 0.0}, "nothing to learn"),
         ("sft", {"prompt__style": "audio_reasoner"}, "is for evaluation"),
         ("dpo", {"lora__dropout": 0.1, "dpo__tau": 1.0}, "dpo.tau=1.0 must be.*; lora.dropout=0.1 must be 0"),

@@ -177,9 +177,10 @@ def test_a_run_of_the_first_version_is_read_as_it_was(tmp_path):
     assert {*flatten_dict(config.to_dict())} == {*flatten_dict(now.to_dict())}
     checkpoint.check_meta(json.loads((tmp_path / "config.json").read_text()), config.to_dict(), tmp_path)
     other = config.to_dict()
-    other["model"]["cache"] = "int8"
-    with pytest.raises(ConfigError, match=r"model\.cache is 'float' in the checkpoint and 'int8' in this run"):
+    other["model"]["cache"], other["optim"]["micro_batch"] = "int8", 1
+    with pytest.raises(ConfigError, match=r"model\.cache is 'float' in the checkpoint and 'int8' in this run") as said:
         checkpoint.check_meta(json.loads((tmp_path / "config.json").read_text()), other, tmp_path)
+    assert "optim.micro_batch is 0 in the checkpoint and 1 in this run" in str(said.value)
 
 
 def test_a_run_of_a_later_version_is_refused_with_what_to_do(tmp_path):

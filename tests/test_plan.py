@@ -322,13 +322,15 @@ def _updates(_, __, program) -> bool:
     return program.name == "update"
 
 
-def test_a_sweep_tries_only_batches_that_the_mesh_can_split(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("micro_batch", "fits"), [(0, 12), (8, 8)])
+def test_a_sweep_tries_only_batches_that_can_be_split(monkeypatch, tmp_path, micro_batch, fits):
     monkeypatch.setattr(plan, "measure", lambda *a: {**_memory(*a), "temporaries": a[2].prompts * GIB * _updates(*a)})
     monkeypatch.setitem(chips.CHIPS, "cpu", chips.CHIPS["TPU v5 lite"])
     keys = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "data.batch_size=8", "eval.batch_size=4")
-    case = plan.Case(_config("sft.py:tiny", *keys), "", "", 256, 96, tmp_path)
+    config = _config("sft.py:tiny", *keys, f"optim.micro_batch={micro_batch}")
+    case = plan.Case(config, "", "", 256, 96, tmp_path)
     line = next(plan.sweep(case, plan.run(case)))
-    assert line == "data.batch_size up to 12: 16 needs 0.2 GiB more in update"
+    assert line == f"data.batch_size up to {fits}: 16 needs 0.2 GiB more in update"
 
 
 def test_a_sweep_compiles_no_program_that_has_room_to_spare(monkeypatch, tmp_path):

@@ -128,6 +128,17 @@ def test_place_and_fetch_are_inverse():
     np.testing.assert_array_equal(sharding.fetch(placed), rows)
 
 
+@pytest.mark.parametrize("shape", [(4, 1, 1), (2, 2, 2)])
+def test_a_micro_batch_has_rows_of_every_device_and_none_moves(shape):
+    mesh = _mesh(shape)
+    rows = sharding.place(np.arange(8), mesh)
+    with jax.set_mesh(mesh):
+        split = jax.jit(sharding.micro_batches, static_argnames="size").lower(rows, size=4).compile()
+    assert cost.Compiled(split.as_text()).collectives() == []
+    assert split(rows).tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert split(rows).sharding.is_equivalent_to(NamedSharding(mesh, sharding.partition(None, "batch")), 2)
+
+
 def test_a_mesh_that_is_not_the_devices_is_refused():
     with pytest.raises(ConfigError, match=r"mesh.data=3 x mesh.fsdp=1 x mesh.tensor=1 does not make 8 devices"):
         sharding.make_mesh(3, 1, 1)
@@ -143,15 +154,19 @@ def test_a_mesh_that_is_not_the_devices_is_refused():
 def test_what_does_not_divide_names_the_key_and_what_would():
     mesh = _mesh((2, 2, 2))
     sizes = {"heads": 8, "kv_heads": 3, "hidden": 33, "mlp": 64, "vocab": 64}
-    found = sharding.check(mesh, batch=6, accumulate=1, **sizes)
+    found = sharding.check(mesh, batch=6, accumulate=1, micro_batch=0, **sizes)
     assert found[0] == "data.batch_size=6 is not a multiple of mesh.data x mesh.fsdp = 4; try 4 or 8"
-    found_in_parts = sharding.check(mesh, batch=8, accumulate=3, **sizes)[0]
+    found_in_parts = sharding.check(mesh, batch=8, accumulate=3, micro_batch=0, **sizes)[0]
     assert found_in_parts == (
         "data.batch_size=8 is not a multiple of optim.accumulate x mesh.data x mesh.fsdp = 12; try 12"
     )
     assert "mesh.tensor=2 does not divide the model's 3 key-value heads; try 1" in found
     assert "mesh.fsdp=2 does not divide the model's hidden width 33; try 1" in found
-    assert sharding.check(mesh, batch=8, accumulate=2, heads=8, kv_heads=4, hidden=32, mlp=64, vocab=64) == []
+    sizes = {"heads": 8, "kv_heads": 4, "hidden": 32, "mlp": 64, "vocab": 64}
+    assert sharding.check(mesh, batch=16, accumulate=2, micro_batch=4, **sizes) == []
+    assert sharding.check(mesh, batch=12, accumulate=1, micro_batch=6, **sizes) == [
+        "optim.micro_batch=6 is not a multiple of mesh.data x mesh.fsdp = 4; try 4 or 8"
+    ]
 
 
 def test_labels_split_and_merge():
