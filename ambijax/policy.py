@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from ambijax import losses, readout, sampling
 from ambijax.model.decoder import Past
-from ambijax.model.qwen2_audio import Qwen2Audio, unstack
+from ambijax.model.qwen2_audio import Qwen2Audio
+from ambijax.model.turned import TurnedLayer, turn_around
 from ambijax.structs import Completions, Prompt, Rollout, Scores
 
 
@@ -148,16 +149,20 @@ class _Writer(NamedTuple):
 
     model: Qwen2Audio
     variables: dict
-    layers: tuple[dict, ...]  # of each decoder layer
+    layers: tuple[TurnedLayer, ...]
     prefix: Prefix
-    head: jax.Array  # [D, V]
+    head: jax.Array  # [V, D], turned around as the layers are
     tokens: Tokens
     ends_line: jax.Array  # bool [V]
     turn: tuple[jax.Array, jax.Array]  # rope's angles of every completion token, [B, 1, N, 1, D / 2] each
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> float32 [..., V]."""
-        return jnp.matmul(hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        """[B, G, D] -> float32 [B, G, V]."""
+        head = self.head.astype(hidden.dtype)
+        by_word = jnp.einsum("vd,bgd->vbg", head, hidden, preferred_element_type=jnp.float32)
+        # Between barriers the product stays as it is written, where XLA would put its operands back in order, and is
+        # turned around once, where XLA would do so for each that reads it.
+        return jax.lax.optimization_barrier(jnp.einsum("vbg->bgv", jax.lax.optimization_barrier(by_word)))
 
     def decode(self, token: jax.Array, t: jax.Array, own: Past) -> tuple[jax.Array, Past]:
         """Token t [B, G] to the hidden state [B, G, D] that predicts the next, and `own` with it."""
@@ -248,9 +253,9 @@ def _writer(
     return _Writer(
         model=model,
         variables=variables,
-        layers=unstack(variables),
+        layers=turn_around(variables, model.config.text),
         prefix=prefix._replace(past=prefix.past.unstacked(model.cache)),
-        head=model.apply(variables, method="head"),
+        head=model.apply(variables, method="head").T,
         tokens=tokens,
         ends_line=ends_line,
         turn=model.apply(variables, positions, method="turn"),
@@ -289,7 +294,7 @@ def _finish(w: _Writer, s: _Decoding) -> Rollout:
 
     def force(_: None) -> jax.Array:
         appended = jnp.broadcast_to(jnp.array(w.tokens.forced), (b, g, len(w.tokens.forced)))
-        forced = readout.logits(w.peek(appended, length, s.own)[:, :, -1], w.head, class_ids)
+        forced = readout.logits(w.peek(appended, length, s.own)[:, :, -1], w.head.T, class_ids)
         return jnp.where(own_anchor[..., None], class_logits, forced)
 
     return Rollout(

@@ -18,7 +18,19 @@ import jax.numpy as jnp
 
 from ambijax import sharding
 from ambijax.model.config import LoraConfig, TextConfig
-from ambijax.model.layers import ACTIVATIONS, Dense, RMSNorm, Segment, attention, keep, quantize, rope, rotation
+from ambijax.model.layers import (
+    ACTIVATIONS,
+    Dense,
+    RMSNorm,
+    Segment,
+    attention,
+    keep,
+    quantize,
+    rms_norm,
+    rope,
+    rotation,
+)
+from ambijax.model.turned import TurnedLayer
 from ambijax.packing import Packing
 
 
@@ -213,10 +225,10 @@ class Decoder(nn.Module):
         return results
 
     # In a loop over tokens, layers follow each other without a scan: a scan over stacked arrays would copy every
-    # layer's weights and caches out of the stack for each token. `layers` are variables of each, pasts are unstacked.
+    # layer's weights and caches out of the stack for each token. `layers` are turned around, pasts are unstacked.
 
     def decode(
-        self, x: jax.Array, turn: tuple, prompt: Past, own: Past, slot: jax.Array, layers: tuple[dict, ...]
+        self, x: jax.Array, turn: tuple, prompt: Past, own: Past, slot: jax.Array, layers: tuple[TurnedLayer, ...]
     ) -> tuple[jax.Array, Past]:
         """The next token of every sequence.
 
@@ -226,6 +238,7 @@ class Decoder(nn.Module):
           prompt: shared by the group.
           own: each sequence's tokens before this one.
           slot: where this one's keys and values are written in `own`: before attention looks, or it would take a copy.
+          layers: see `turned.turn_around`.
 
         Returns:
           hidden state [B, G, 1, hidden], and `own` with the new token.
@@ -240,7 +253,7 @@ class Decoder(nn.Module):
         hidden = self._layer_by_layer(x, turn, layers, attend)
         return hidden, own.replace(k=tuple(own.k), v=tuple(own.v))
 
-    def peek(self, block: Block, past: tuple[Past, ...], layers: tuple[dict, ...]) -> jax.Array:
+    def peek(self, block: Block, past: tuple[Past, ...], layers: tuple[TurnedLayer, ...]) -> jax.Array:
         """Hidden states [B, G, T, hidden] of a block that is not kept."""
         causal = _causal(block.mask)
 
@@ -250,15 +263,19 @@ class Decoder(nn.Module):
         return self._layer_by_layer(block.x, self.turn(block.positions), layers, attend)
 
     def _layer_by_layer(
-        self, x: jax.Array, turn: tuple, layers: tuple[dict, ...], attend: Callable[..., jax.Array]
+        self, x: jax.Array, turn: tuple, layers: tuple[TurnedLayer, ...], attend: Callable[..., jax.Array]
     ) -> jax.Array:
-        layer = DecoderLayer(self.config, self.lora, self.weights, self.attention, parent=None)
-        x = sharding.constrain_batch(x)
-        for i, variables in enumerate(layers):
-            q, k, v = layer.apply(variables, x, turn, method="project")
-            attended = attend(i, q, _heads_first(k), _heads_first(v))
-            x = layer.apply(variables, x, attended.reshape(*x.shape[:-1], -1), method="close")
-        return self.norm(x)
+        c, scale = self.config, self.lora.scale if self.lora else 0.0
+        x = jnp.moveaxis(sharding.constrain_batch(x), -1, 0)
+        for i, layer in enumerate(layers):
+            qkv = layer.qkv(rms_norm(x, layer.input_norm, c.rms_norm_eps, axis=0), scale)
+            q, k, v = qkv[:, :-2], qkv[:, -2:-1], qkv[:, -1]  # [K, R, D, B, G, T], [K, 1, D, ...], [K, D, ...]
+            q, k = (rope(jnp.einsum("krdbgt->bgtkrd", z).reshape(*x.shape[1:], -1, c.head_dim), turn) for z in (q, k))
+            attended = attend(i, q, _heads_first(k), jnp.einsum("kdbgt->bkgtd", v))
+            x += layer.out(jnp.moveaxis(attended.reshape(*x.shape[1:], -1), -1, 0), scale)
+            gate, up = layer.gate_up(rms_norm(x, layer.middle_norm, c.rms_norm_eps, axis=0), scale)
+            x += layer.down(ACTIVATIONS[c.hidden_act](gate) * up, scale)
+        return self.norm(jnp.moveaxis(x, 0, -1))
 
     def turn(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """By which angles queries and keys at these positions are turned, see `rotation`."""

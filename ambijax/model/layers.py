@@ -145,10 +145,15 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
-        x32 = x.astype(jnp.float32)
-        x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
-        return scale.astype(x.dtype) * x32.astype(x.dtype)
+        return rms_norm(x, self.param("scale", nn.initializers.ones_init(), (x.shape[-1],)), self.epsilon)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float, axis: int = -1) -> jax.Array:
+    """`RMSNorm` over any axis, with `scale` of that axis."""
+    x32 = x.astype(jnp.float32)
+    x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axis, keepdims=True) + epsilon)
+    across = [i for i in range(x.ndim) if i != axis % x.ndim]
+    return jnp.expand_dims(scale.astype(x.dtype), across) * x32.astype(x.dtype)
 
 
 def rotation(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:

@@ -11,6 +11,7 @@ from ambijax.model.config import LoraConfig, Qwen2AudioConfig
 from ambijax.model.decoder import Block, Decoder, Past
 from ambijax.model.encoder import AudioTower
 from ambijax.model.layers import Dense
+from ambijax.model.turned import TurnedLayer
 from ambijax.packing import Packing
 
 
@@ -82,9 +83,9 @@ class Qwen2Audio(nn.Module):
         prompt: Past,
         own: Past,
         slot: jax.Array,
-        layers: tuple[dict, ...],
+        layers: tuple[TurnedLayer, ...],
     ) -> tuple[jax.Array, Past]:
-        """The next token [B, G, 1] in a loop over tokens, see `Decoder.decode`; `layers` are from `unstack`."""
+        """The next token [B, G, 1] in a loop over tokens, see `Decoder.decode`."""
         x = self.language_model.embed(token, self.dtype)
         return self.language_model.decode(x, turn, prompt, own, slot, layers)
 
@@ -93,7 +94,7 @@ class Qwen2Audio(nn.Module):
         return self.language_model.turn(positions)
 
     def peek(
-        self, tokens: jax.Array, positions: jax.Array, past: tuple[Past, ...], layers: tuple[dict, ...]
+        self, tokens: jax.Array, positions: jax.Array, past: tuple[Past, ...], layers: tuple[TurnedLayer, ...]
     ) -> jax.Array:
         """Hidden states of tokens [B, G, T] that might follow; `past` and `layers` as in `decode`."""
         return self.language_model.peek(self._block(tokens, positions, jnp.ones(tokens.shape, bool)), past, layers)
@@ -132,13 +133,6 @@ def init(model: Qwen2Audio, key: jax.Array) -> dict:
     mel = jnp.zeros((1, 8, c.audio.num_mel_bins))
     tokens = jnp.zeros((1, 4), jnp.int32)
     return dict(model.init(key, mel, jnp.array([6]), tokens, jnp.ones_like(tokens, bool)))
-
-
-def unstack(variables: dict) -> tuple[dict, ...]:
-    """The variables of each decoder layer: {'params': ..., 'lora': ...} of the first, of the second, and so on."""
-    stacked = {name: tree["language_model"]["layers"] for name, tree in variables.items() if "language_model" in tree}
-    count = len(jax.tree.leaves(stacked)[0])
-    return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count))
 
 
 def shapes(model: Qwen2Audio) -> dict:
