@@ -227,9 +227,9 @@ def rollout(
 def cache_stages(max_tokens: int) -> list[int]:
     """The steps, in tokens, in which the completions' cache grows: attention reads all of it, written or not.
 
-    Each is a loop of its own to compile, so there are four at most, and none for fewer than 128 tokens.
+    Each is a loop of its own to compile, so there are four at most, of 64 tokens at least.
     """
-    stages = min(max(max_tokens // 128, 1), 4)
+    stages = min(max(max_tokens // 64, 1), 4)
     ends = [max_tokens * i // stages for i in range(stages + 1)]
     return [end - start for start, end in itertools.pairwise(ends)]
 

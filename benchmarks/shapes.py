@@ -101,7 +101,7 @@ PRESETS = {
     "67m": Shape(
         **{"hidden": 512, "mlp": 1408, "layers": 8, "heads": 8, "vocabulary": 32_000, "dtype": "float32"},
         **{"tower": 384, "tower_mlp": 1536, "tower_layers": 4, "tower_heads": 6},
-        **{"micro_batch": 1},
+        **{"micro_batch": 1, "chunk": 64},
     ),
     # The published model's sizes; random weights made on the spot.
     "7b": Shape(
