@@ -150,7 +150,7 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float, axis: int = -1) -> jax.Array:
     """`RMSNorm` over the first axis or the last, with `scale` of that axis."""
-    # Without axes of size one, beside which XLA on a CPU takes many times as long for the gradient's sums (docs/log.md).
+    # Without axes of size one: beside one, XLA on a CPU takes many times as long for the gradient's sums (docs/log.md).
     x32 = x.astype(jnp.float32).reshape([n for n in x.shape if n > 1])
     x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axis, keepdims=True) + epsilon)
     across = [i for i in range(x.ndim) if i != axis % x.ndim]
