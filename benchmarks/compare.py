@@ -31,7 +31,7 @@ from benchmarks import shapes, table  # noqa: E402
 from benchmarks.shapes import Shape  # noqa: E402
 
 ROWS = (
-    *("matrix", "copy", "features", "tower", "readout", "sft", "sft_live", "sft_mixed", "sft_mixed_padded"),
+    *("matrix", "read", "features", "tower", "readout", "sft", "sft_live", "sft_mixed", "sft_mixed_padded"),
     *("dpo", "rollout", "grpoz"),
 )
 AGREE = 2e-3  # largest difference of the two sides' class logits in float32; bfloat16 rounds them to 8 bits

@@ -150,10 +150,10 @@ def matrix(side: Side) -> Step:
     return lambda: product(x, x).block_until_ready()
 
 
-def copy(side: Side) -> Step:
-    x = jnp.zeros(shapes.copy_size(jax.default_backend() == "cpu"), jnp.float32)
-    added = jax.jit(lambda x: x + 1)
-    return lambda: added(x).block_until_ready()
+def read(side: Side) -> Step:
+    x = jnp.ones(shapes.read_size(jax.default_backend() == "cpu"), jnp.float32)
+    total = jax.jit(lambda x: x.sum(axis=1))
+    return lambda: total(x).block_until_ready()
 
 
 def features_row(side: Side) -> Step:
@@ -272,7 +272,7 @@ def grpoz_row(side: Side) -> Step:
 
 ROWS = {
     "matrix": matrix,
-    "copy": copy,
+    "read": read,
     "features": features_row,
     "tower": tower,
     "readout": readout,

@@ -1,10 +1,12 @@
 """Results of benchmarks/compare.py as lines and as a Markdown page."""
 
-from benchmarks.shapes import Shape, copy_size, matrix_size
+import math
+
+from benchmarks.shapes import Shape, matrix_size, read_size
 
 TITLES = {
     "matrix": "matrix product (the device's rate)",
-    "copy": "memory (the device's bandwidth)",
+    "read": "reading memory (the device's bandwidth)",
     "features": "log-mel",
     "tower": "audio tower and projector",
     "readout": "read-out without chain of thought, from log-mel",
@@ -105,8 +107,9 @@ def _limits(results: list[dict]) -> str:
                 f"\nSFT, {side}: {tokens} real tokens x 4 N (N = {shape.matrix_parameters / 1e6:.1f} M, without "
                 f"recomputation) at {100 * share:.0f} % of the measured {rate / 1e12:.3g} TFLOP/s.\n"
             )
-    if "copy" in by_row and "rollout" in by_row:
-        bandwidth = 8 * copy_size(by_row["copy"]["hardware"]["gpu"] is None) / by_row["copy"]["ours"]["median"]
+    if "read" in by_row and "rollout" in by_row:
+        size = 4 * math.prod(read_size(by_row["read"]["hardware"]["gpu"] is None))
+        bandwidth = size / min(by_row["read"][side]["median"] for side in ("ours", "reference"))
         shape, parts = Shape(**by_row["rollout"]["shape"]), by_row["rollout"]["ours"]["parts"]
         bytes_each = {"float32": 4, "bfloat16": 2}[shape.dtype]
         token = 2 * shape.layers * shape.hidden * bytes_each  # keys and values of one token
