@@ -92,7 +92,7 @@ def identity(config: FrozenConfigDict) -> dict:
       ConfigError, DataError: the model or the corpus is missing or broken.
     """
     kept = {key: value for key, value in config.to_dict().items() if key not in _FREE}
-    # The longest prompt of all splits fixes the shapes; dev scores of other clips or measures are not to be compared.
+    # Dev scores of other clips or measures are not to be compared.
     kept["eval"] = {key: config.eval[key] for key in ("max_clips", "dev_clips", "metric")}
     del kept["data"]["root"], kept["data"]["features"], kept["model"]["checkpoint"]  # they may move
     return kept | {

@@ -1,7 +1,7 @@
 """Utterances and their sounds -> Batch, a pure function of (seed, step): there is nothing to save in order to resume.
 
 Shapes come from a small declared set, so that nothing compiles after warm-up: an audio window for each configured
-length, and with it the longest prompt of the corpus whose clip fits into it; one completion length.
+length, and with it the longest prompt of the split whose clip fits into it; one completion length.
 """
 
 import dataclasses
@@ -222,7 +222,7 @@ def build(
     label_in_ce: bool,
     live_tower: bool,
 ) -> dict[str, Dataset]:
-    """Tokenises the splits in `names`. All of them share the slots of each window.
+    """Tokenises the splits in `names`. Nothing of a split depends on which others are built beside it.
 
     Args:
       splits: name -> utterances; examples are numbered across all of them, whichever are built.
@@ -257,9 +257,6 @@ def build(
             f"{len(unfit)} of {len(curated)} chains of thought break the format or exceed data.max_tokens={max_tokens};"
             f" these utterances are kept for the read-out alone: {', '.join(unfit[:3])}"
         )
-    lengths = [len(example.prompt) for name in names for example in examples[name]]
-    frames = [sounds[utterance.id].frames for name in names for utterance in splits[name]]
-    slots = prompt_slots(lengths, frames, windows)
     return {
         name: Dataset(
             split=name,
@@ -270,7 +267,11 @@ def build(
             first=firsts[name],
             live_tower=live_tower,
             windows=tuple(windows),
-            slots=slots,
+            slots=prompt_slots(
+                [len(example.prompt) for example in examples[name]],
+                [sounds[utterance.id].frames for utterance in splits[name]],
+                windows,
+            ),
             max_tokens=max_tokens,
             pad=vocabulary.endoftext,
             label_in_ce=label_in_ce,

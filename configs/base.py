@@ -54,7 +54,7 @@ def get_config(corpus: str) -> ConfigDict:
     c.data = ConfigDict()
     c.data.batch_size = 8  # prompts a step, over all devices; unknown
     # Lengths in 10 ms mel frames that clips are put into; a batch takes the smallest that holds its longest clip, and
-    # the slots of the corpus' longest prompt there. Each is another set of programs, compiled when a first batch falls
+    # the slots of the split's longest prompt there. Each is another set of programs, compiled when a first batch falls
     # into it and not before: CREMA-D's clips need two of them, and a 12 s clip of IEMOCAP does not pay for 30 s.
     c.data.windows = (256, 512, 768, 1024, 1536, 2048, 3000)
     c.data.features = f"{CACHE}/features"  # outputs of the frozen tower, a clip's made once ever; "" keeps none

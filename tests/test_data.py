@@ -55,21 +55,22 @@ def utterances(split: str) -> list[Utterance]:
     return [Utterance(f"{split}{i}", f"{split}{i}.wav", words, "s", 0, {"anger": 1}) for i, (_, words) in clips]
 
 
-def build(vocabulary: prompt.Vocabulary, edit: object = list) -> dict[str, data.Dataset]:
+def build(
+    vocabulary: prompt.Vocabulary, edit: object = list, names: tuple[str, ...] = tuple(SPLITS)
+) -> dict[str, data.Dataset]:
     splits = {split: edit(utterances(split)) for split in SPLITS}
     heard = {u.id: FRAMES[u.audio] for split in splits.values() for u in split}
     sounds = {name: data.Sound(n, np.zeros((audio.tokens(n), 4), np.float32)) for name, n in heard.items()}
     how = {"max_tokens": 8, "style": "answer", "gold_label": "argmax", "seed": 0, "label_in_ce": True}
-    return data.build(splits, tuple(splits), sounds, vocabulary, windows=WINDOWS, live_tower=False, root=Path(), **how)
+    return data.build(splits, names, sounds, vocabulary, windows=WINDOWS, live_tower=False, root=Path(), **how)
 
 
 @pytest.mark.parametrize("edit", [list, canaries.swap_audio, canaries.swap_transcript])
 def test_every_batch_fits_and_its_width_is_its_windows(vocabulary, edit):
     sets = build(vocabulary, edit)
-    (slots,) = {dataset.slots for dataset in sets.values()}
-    assert len({*slots}) == len(WINDOWS)
-    used, fullest = set(), dict.fromkeys(WINDOWS, 0)
+    used = set()
     for dataset in sets.values():
+        slots, fullest = dataset.slots, dict.fromkeys(WINDOWS, 0)
         for several in itertools.product(range(len(dataset)), repeat=2):
             batch = dataset.prompts(several)
             window = 4 * batch.audio.shape[1]
@@ -81,9 +82,16 @@ def test_every_batch_fits_and_its_width_is_its_windows(vocabulary, edit):
                 assert np.sum(asked == vocabulary.audio) == dataset.sounds[i].tokens <= batch.audio.shape[1]
             used.add(window)
             fullest[window] = max(fullest[window], batch.mask.sum(axis=1).max())
+        longest = itertools.accumulate((fullest[window] for window in WINDOWS), max)
+        assert slots == tuple(data.round_up(int(n)) for n in longest)  # and not one step wider
     assert used == {*WINDOWS}
-    longest = itertools.accumulate((fullest[window] for window in WINDOWS), max)
-    assert slots == tuple(data.round_up(int(n)) for n in longest)  # and not one step wider
+
+
+def test_a_split_is_the_same_whichever_are_built_beside_it(vocabulary):
+    # Or an evaluation of a run, which builds the test split alone, would compute in other shapes than the run did.
+    alone, beside = (build(vocabulary, names=names)["test"] for names in (("test",), ("train", "test")))
+    assert alone.slots == beside.slots != build(vocabulary)["train"].slots
+    np.testing.assert_array_equal(alone.prompts([0, 1]).tokens, beside.prompts([0, 1]).tokens)
 
 
 def test_a_prompt_that_nobody_counted_is_an_error_and_is_not_cut(vocabulary):
