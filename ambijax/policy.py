@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ambijax import losses, readout, sampling
 from ambijax.model.decoder import Past
 from ambijax.model.qwen2_audio import Qwen2Audio
-from ambijax.model.turned import TurnedLayer, turn_around
+from ambijax.model.transposed import TransposedLayer, transposed_layers
 from ambijax.structs import Completions, Prompt, Rollout, Scores
 
 
@@ -149,9 +149,9 @@ class _Writer(NamedTuple):
 
     model: Qwen2Audio
     variables: dict
-    layers: tuple[TurnedLayer, ...]
+    layers: tuple[TransposedLayer, ...]
     prefix: Prefix
-    head: jax.Array  # [V, D], turned around as the layers are
+    head: jax.Array  # [V, D], transposed as the layers are
     tokens: Tokens
     ends_line: jax.Array  # bool [V]
     turn: tuple[jax.Array, jax.Array]  # rope's angles of every completion token, [B, 1, N, 1, D / 2] each
@@ -253,7 +253,7 @@ def _writer(
     return _Writer(
         model=model,
         variables=variables,
-        layers=turn_around(variables, model.config.text),
+        layers=transposed_layers(variables, model.config.text),
         prefix=prefix._replace(past=prefix.past.unstacked(model.cache)),
         head=model.apply(variables, method="head").T,
         tokens=tokens,

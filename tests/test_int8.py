@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from ambijax import convert, export, losses, plan, policy, programs, rules, settings, sharding
 from ambijax.model import config as model_config
-from ambijax.model import qwen2_audio, turned
+from ambijax.model import qwen2_audio, transposed
 from ambijax.model.decoder import Past
 from ambijax.model.layers import quantize
 from tests import small, trained
@@ -173,7 +173,11 @@ def test_a_step_on_a_rounded_cache_is_that_on_the_floats_it_stands_for():
     floats = as_floats(rounded)
     for a, b in zip(read.k, floats.k, strict=True):
         assert 0 < np.abs(a - b).max() < np.abs(a).max() / 127  # half a step of a token's and head's own scale
-    layers, token, slot = turned.turn_around(variables, model.config.text), jnp.full((2, 3, 1), 9), jnp.int32(2)
+    layers, token, slot = (
+        transposed.transposed_layers(variables, model.config.text),
+        jnp.full((2, 3, 1), 9),
+        jnp.int32(2),
+    )
     empty = Past(*(jnp.zeros((3, 2, 4, 3, 5, 8)) for _ in range(2)), jnp.zeros((2, 3, 5), bool))
 
     def step(prompt: Past, own: Past) -> tuple:

@@ -30,7 +30,7 @@ from ambijax.model.layers import (
     rope,
     rotation,
 )
-from ambijax.model.turned import TurnedLayer
+from ambijax.model.transposed import TransposedLayer
 from ambijax.packing import Packing
 
 
@@ -225,10 +225,10 @@ class Decoder(nn.Module):
         return results
 
     # In a loop over tokens, layers follow each other without a scan: a scan over stacked arrays would copy every
-    # layer's weights and caches out of the stack for each token. `layers` are turned around, pasts are unstacked.
+    # layer's weights and caches out of the stack for each token. `layers` are transposed, pasts are unstacked.
 
     def decode(
-        self, x: jax.Array, turn: tuple, prompt: Past, own: Past, slot: jax.Array, layers: tuple[TurnedLayer, ...]
+        self, x: jax.Array, turn: tuple, prompt: Past, own: Past, slot: jax.Array, layers: tuple[TransposedLayer, ...]
     ) -> tuple[jax.Array, Past]:
         """The next token of every sequence.
 
@@ -238,7 +238,7 @@ class Decoder(nn.Module):
           prompt: shared by the group.
           own: each sequence's tokens before this one.
           slot: where this one's keys and values are written in `own`: before attention looks, or it would take a copy.
-          layers: see `turned.turn_around`.
+          layers: see `transposed.transposed_layers`.
 
         Returns:
           hidden state [B, G, 1, hidden], and `own` with the new token.
@@ -253,7 +253,7 @@ class Decoder(nn.Module):
         hidden = self._layer_by_layer(x, turn, layers, attend)
         return hidden, own.replace(k=tuple(own.k), v=tuple(own.v))
 
-    def peek(self, block: Block, past: tuple[Past, ...], layers: tuple[TurnedLayer, ...]) -> jax.Array:
+    def peek(self, block: Block, past: tuple[Past, ...], layers: tuple[TransposedLayer, ...]) -> jax.Array:
         """Hidden states [B, G, T, hidden] of a block that is not kept."""
         causal = _causal(block.mask)
 
@@ -263,7 +263,7 @@ class Decoder(nn.Module):
         return self._layer_by_layer(block.x, self.turn(block.positions), layers, attend)
 
     def _layer_by_layer(
-        self, x: jax.Array, turn: tuple, layers: tuple[TurnedLayer, ...], attend: Callable[..., jax.Array]
+        self, x: jax.Array, turn: tuple, layers: tuple[TransposedLayer, ...], attend: Callable[..., jax.Array]
     ) -> jax.Array:
         c, scale = self.config, self.lora.scale if self.lora else 0.0
         x = jnp.moveaxis(sharding.constrain_batch(x), -1, 0)

@@ -11,7 +11,7 @@ from ambijax.model.config import LoraConfig, Qwen2AudioConfig
 from ambijax.model.decoder import Block, Decoder, Past
 from ambijax.model.encoder import AudioTower
 from ambijax.model.layers import Dense
-from ambijax.model.turned import TurnedLayer
+from ambijax.model.transposed import TransposedLayer
 from ambijax.packing import Packing
 
 
@@ -83,7 +83,7 @@ class Qwen2Audio(nn.Module):
         prompt: Past,
         own: Past,
         slot: jax.Array,
-        layers: tuple[TurnedLayer, ...],
+        layers: tuple[TransposedLayer, ...],
     ) -> tuple[jax.Array, Past]:
         """The next token [B, G, 1] in a loop over tokens, see `Decoder.decode`."""
         x = self.language_model.embed(token, self.dtype)
@@ -94,7 +94,7 @@ class Qwen2Audio(nn.Module):
         return self.language_model.turn(positions)
 
     def peek(
-        self, tokens: jax.Array, positions: jax.Array, past: tuple[Past, ...], layers: tuple[TurnedLayer, ...]
+        self, tokens: jax.Array, positions: jax.Array, past: tuple[Past, ...], layers: tuple[TransposedLayer, ...]
     ) -> jax.Array:
         """Hidden states of tokens [B, G, T] that might follow; `past` and `layers` as in `decode`."""
         return self.language_model.peek(self._block(tokens, positions, jnp.ones(tokens.shape, bool)), past, layers)

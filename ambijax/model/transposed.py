@@ -1,4 +1,4 @@
-"""The decoder's matrices turned around, as a loop over tokens reads them.
+"""The decoder's matrices transposed, as a loop over tokens reads them.
 
 A decoding step multiplies every weight with a few columns, one for each sequence. A matrix on the left, with rows as
 long as its input, is read once and as it lies; on the right, a CPU would rearrange it for every token (docs/log.md). So
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from ambijax.model.config import TextConfig
 
 
-class Turned(NamedTuple):
-    """Matrices that read the same input: y = (W x) scale + bias + b (a x), with x [D, ...] and y [*N, ...]."""
+class Transposed(NamedTuple):
+    """Matrices of one input, side by side: y = (W x) scale + bias + b (a x), with x [D, ...] and y [*N, ...]."""
 
     weight: jax.Array  # [*N, D], float or int8
     scale: jax.Array | None  # [*N], of int8
@@ -39,30 +39,30 @@ class Turned(NamedTuple):
         return y
 
 
-class TurnedLayer(NamedTuple):
+class TransposedLayer(NamedTuple):
     """One decoder layer."""
 
     input_norm: jax.Array  # [hidden]
-    qkv: Turned  # N = [K, R + 2, D]: a key-value head's R queries, its key, its value; heads may be split over devices
-    out: Turned  # N = [hidden]
+    qkv: Transposed  # N = [K, R + 2, D]: a key-value head's R queries, key and value; devices may split K
+    out: Transposed  # N = [hidden]
     middle_norm: jax.Array  # [hidden]
-    gate_up: Turned  # N = [2, width]
-    down: Turned  # N = [hidden]
+    gate_up: Transposed  # N = [2, width]
+    down: Transposed  # N = [hidden]
 
 
-def turn_around(variables: dict, config: TextConfig) -> tuple[TurnedLayer, ...]:
+def transposed_layers(variables: dict, config: TextConfig) -> tuple[TransposedLayer, ...]:
     """Each decoder layer of `variables` ({'params', 'lora'} or {'params'}), in the order in which they run."""
     stacked = {name: tree["language_model"]["layers"] for name, tree in variables.items() if "language_model" in tree}
     count = len(jax.tree.leaves(stacked)[0])
     return tuple(_layer(jax.tree.map(lambda x, i=i: x[i], stacked), config) for i in range(count))
 
 
-def _layer(variables: dict, c: TextConfig) -> TurnedLayer:
+def _layer(variables: dict, c: TextConfig) -> TransposedLayer:
     params, adapters = variables["params"], variables.get("lora", {})
     of = lambda name: (params[name], adapters.get(name, {}))  # noqa: E731
     k, r = c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads
     heads = [of("q_proj"), of("k_proj"), of("v_proj")]
-    return TurnedLayer(
+    return TransposedLayer(
         input_norm=params["input_layernorm"]["scale"],
         qkv=_beside(heads, [(k, r, c.head_dim), (k, 1, c.head_dim), (k, 1, c.head_dim)], axis=1),
         out=_beside([of("o_proj")], [(c.hidden_size,)], axis=0),
@@ -72,7 +72,7 @@ def _layer(variables: dict, c: TextConfig) -> TurnedLayer:
     )
 
 
-def _beside(parts: Sequence[tuple[dict, dict]], shapes: Sequence[tuple[int, ...]], axis: int) -> Turned:
+def _beside(parts: Sequence[tuple[dict, dict]], shapes: Sequence[tuple[int, ...]], axis: int) -> Transposed:
     """Layers' (parameters, adapters) of one input, their outputs in these shapes and side by side along `axis`."""
     by_output = lambda z, shape: z.T.reshape(*shape, *z.shape[:-1])  # noqa: E731  [..., N] to [*N, ...]
 
@@ -86,7 +86,7 @@ def _beside(parts: Sequence[tuple[dict, dict]], shapes: Sequence[tuple[int, ...]
 
     weight, scale, bias = (join(0, name) for name in ("kernel", "scale", "bias"))
     if not parts[0][1]:
-        return Turned(weight, scale, bias, None, None)
+        return Transposed(weight, scale, bias, None, None)
     a = jnp.concatenate([adapter["a"].T for _, adapter in parts])
     # Rows of one matrix, columns of all adapters: zero but for its own.
     own = jnp.repeat(jnp.eye(len(parts), dtype=bool), len(a) // len(parts), axis=1)
@@ -94,4 +94,4 @@ def _beside(parts: Sequence[tuple[dict, dict]], shapes: Sequence[tuple[int, ...]
         jnp.where(mine, jnp.tile(by_output(adapter["b"], shape), len(parts)), 0)
         for mine, (_, adapter), shape in zip(own, parts, shapes, strict=True)
     ]
-    return Turned(weight, scale, bias, a, jnp.concatenate(b, axis=axis))
+    return Transposed(weight, scale, bias, a, jnp.concatenate(b, axis=axis))
