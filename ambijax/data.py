@@ -250,13 +250,8 @@ def build(
             drawn = np.random.default_rng((seed, first + i)).choice(len(p), p=p / p.sum())
             label = vocabulary.labels[int(p.argmax()) if gold_label == "argmax" else drawn]
             examples[name].append(_example(u, sounds[u.id].tokens, p, label, vocabulary, style, max_tokens))
-    cot = style != "answer"
-    curated = [(u, e) for n in names for u, e in zip(splits[n], examples[n], strict=True) if cot and u.cot]
-    if unfit := [u.id for u, e in curated if not e.reasoned]:
-        tqdm.tqdm.write(
-            f"{len(unfit)} of {len(curated)} chains of thought break the format or exceed data.max_tokens={max_tokens};"
-            f" these utterances are kept for the read-out alone: {', '.join(unfit[:3])}"
-        )
+    if style != "answer":
+        _say_unfit([(u, e) for n in names for u, e in zip(splits[n], examples[n], strict=True)], max_tokens)
     return {
         name: Dataset(
             split=name,
@@ -278,6 +273,15 @@ def build(
         )
         for name in names
     }
+
+
+def _say_unfit(built: Sequence[tuple[manifest.Utterance, Example]], max_tokens: int) -> None:
+    curated = [(u, e) for u, e in built if u.cot]
+    if unfit := [u.id for u, e in curated if not e.reasoned]:
+        tqdm.tqdm.write(
+            f"{len(unfit)} of {len(curated)} chains of thought break the format or exceed data.max_tokens={max_tokens};"
+            f" these utterances are kept for the read-out alone: {', '.join(unfit[:3])}"
+        )
 
 
 def _example(
