@@ -1,4 +1,5 @@
-"""A batch is as wide as the longest prompt of the corpus whose clip fits into the batch's window, and no wider."""
+"""A batch is as wide as the longest prompt of the split whose clip fits into the batch's window, and no wider; and what
+is not fit to be learned is kept for its votes."""
 
 import dataclasses
 import itertools
@@ -12,6 +13,7 @@ from ambijax import audio, canaries, data, policy, prompt
 from ambijax.emotions import CREMAD
 from ambijax.errors import ConfigError
 from ambijax.manifest import Utterance
+from ambijax.reasoning import Reasoning
 from tests import small
 from tests.test_prompt import train
 
@@ -103,6 +105,23 @@ def test_a_prompt_that_nobody_counted_is_an_error_and_is_not_cut(vocabulary):
     with pytest.raises(ConfigError, match=message):
         asked.prompts([1, 0])
     assert asked.prompts([1]).tokens.shape == (1, plain.slots[0])
+
+
+def test_a_chain_of_thought_that_cannot_be_learned_is_named_and_kept_for_its_votes(vocabulary, capsys):
+    cot = Reasoning("slow", "a plain statement", "soft and falling", "sad").render()
+    cots = {"good": cot, "broken": "It sounds sad.", "long": cot + " indeed" * 500, "none": ""}
+    split = {"train": [Utterance(name, "", "well", "s", 0, {"anger": 1}, cot=cot) for name, cot in cots.items()]}
+    sounds = {name: data.Sound(100, np.zeros((audio.tokens(100), 4), np.float32)) for name in cots}
+    how = {"style": "steps", "gold_label": "argmax", "seed": 0, "label_in_ce": True, "live_tower": False}
+    built = data.build(split, ("train",), sounds, vocabulary, windows=WINDOWS, max_tokens=1024, root=Path(), **how)
+    assert "2 of 3 chains of thought break the format or exceed data.max_tokens=1024" in (
+        said := capsys.readouterr().out
+    )
+    assert said.rstrip().endswith("broken, long")
+    batch = built["train"].batch(range(4))
+    assert batch.ce_mask.any(axis=(1, 2)).tolist() == [True, False, False, False]
+    assert len({*batch.gold.mask[1:].sum(axis=(1, 2)).tolist()}) == 1  # of the answer alone
+    np.testing.assert_array_equal(batch.target[:, 0], 1)
 
 
 # What the model makes of it ------------------------------------------------------------------------------------------
