@@ -5,12 +5,14 @@
     python benchmarks/compare.py --preset small                   exercises every line in a minute or two
     python benchmarks/compare.py --preset 67m --sweep --rows rollout,grpoz     2 to 12 s, 64 to 512 tokens, K 2 to 16
 
-Each row runs in two fresh processes, one a side, so that peak memory is that row's alone. They take turns, one step
-each; a ratio is theirs / ours of two steps in succession. The first step (compilation) is reported apart, warm-up steps
-are dropped. Writes DIR/PRESET.json and DIR/PRESET.md; rows measured before stay in them, each with its commit.
+Each row runs in two fresh processes, one a side, so that peak memory is that row's alone; `--together` loads a large
+model once for all rows. The sides take turns, one step each; a ratio is theirs / ours of two steps in succession. The
+first step (compilation) is reported apart, warm-up steps are dropped. Writes DIR/PRESET.json and DIR/PRESET.md; rows
+measured before stay in them, each with its commit.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,36 +34,46 @@ from benchmarks import shapes, table  # noqa: E402
 from benchmarks.shapes import Shape  # noqa: E402
 
 ROWS = (
-    *("matrix", "read", "features", "tower", "readout", "sft", "sft_live", "sft_mixed", "sft_mixed_padded"),
+    *("matrix", "read", "logits", "features", "tower", "readout", "sft", "sft_live", "sft_mixed", "sft_mixed_padded"),
     *("dpo", "rollout", "grpoz"),
 )
-AGREE = 2e-3  # largest difference of the two sides' class logits in float32; bfloat16 rounds them to 8 bits
+AGREE = 2e-3  # largest difference of the two sides' logits in float32; bfloat16 rounds them to 8 bits
 
 
 class Process:
-    """A side that is ready to run steps of one row."""
+    """A side, with its model loaded."""
 
-    def __init__(self, name: str, row: str, directory: Path, shape: Shape) -> None:
-        arguments = [name, row, str(directory), json.dumps(dataclasses.asdict(shape))]
+    def __init__(self, name: str, directory: Path, shape: Shape) -> None:
+        arguments = [name, str(directory), json.dumps(dataclasses.asdict(shape))]
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "benchmarks.side", *arguments],
             **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT, "env": environment},
         )
-        self.ready = self._answer()
+
+    def prepare(self, row: str) -> dict:
+        """Gets ready to run steps of a row: seconds of the first one, what was compiled, its output."""
+        return self._ask(f"prepare {row}")
 
     def step(self) -> dict[str, float]:
         """Seconds of one step and of its parts."""
-        self._process.stdin.write("\n")
+        return self._ask("step")
+
+    def peak(self) -> dict:
+        """Peak memory, and late compilations."""
+        return self._ask("peak")
+
+    def loaded(self) -> None:
+        self._answer()
+
+    def end(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _ask(self, line: str) -> dict:
+        self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
         return self._answer()
-
-    def end(self) -> dict[str, float]:
-        """Ends the process; its peak memory."""
-        self._process.stdin.close()
-        peak = self._answer()
-        self._process.wait()
-        return peak
 
     def _answer(self) -> dict:
         line = self._process.stdout.readline()
@@ -69,13 +82,24 @@ class Process:
         return json.loads(line)
 
 
-def measure(row: str, directory: Path, shape: Shape, *, warmup: int, steps: int, seconds: float) -> dict:
+@contextlib.contextmanager
+def both(directory: Path, shape: Shape) -> Iterator[dict[str, Process]]:
+    """Both sides, loaded at the same time."""
+    sides = {name: Process(name, directory, shape) for name in ("ours", "reference")}
+    for side in sides.values():
+        side.loaded()
+    yield sides
+    for side in sides.values():
+        side.end()
+
+
+def measure(row: str, sides: dict[str, Process], shape: Shape, *, warmup: int, steps: int, seconds: float) -> dict:
     """One row on both sides, alternating, for `steps` pairs or about `seconds`, but at least three pairs."""
-    sides = {name: Process(name, row, directory, shape) for name in ("ours", "reference")}
-    outputs = [side.ready.pop("output") for side in sides.values()]
+    ready = {name: side.prepare(row) for name, side in sides.items()}
+    outputs = [made.pop("output") for made in ready.values()]
     difference = None if outputs[0] is None else float(np.abs(np.subtract(*outputs)).max())
-    if difference is not None and shape.dtype == "float32" and difference > AGREE:
-        raise SystemExit(f"{row}: the two sides' class logits differ by {difference:.2g}; they do not compute the same")
+    if difference is not None and (row == "logits" or shape.dtype == "float32") and not difference <= AGREE:
+        raise SystemExit(f"{row}: the two sides' logits differ by {difference:.2g}; they do not compute the same")
     taken, began = {name: [] for name in sides}, None
     for i in range(warmup + steps):
         if i == warmup:
@@ -86,7 +110,7 @@ def measure(row: str, directory: Path, shape: Shape, *, warmup: int, steps: int,
             parts = side.step()
             if i >= warmup:
                 taken[name].append(parts)
-    result = {name: _summary(taken[name]) | side.ready | side.end() for name, side in sides.items()}
+    result = {name: _summary(taken[name]) | ready[name] | side.peak() for name, side in sides.items()}
     ratios = [b["total"] / a["total"] for a, b in zip(taken["ours"], taken["reference"], strict=True)]
     low, median, high = np.percentile(ratios, (10, 50, 90))
     ratio = {"median": median, "p10": low, "p90": high, "pairs": len(ratios)}
@@ -134,6 +158,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=120.0, help="of measured pairs a row, at most (three at least)"
     )
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="all rows in one process a side: the model is loaded once, our peak memory is of the rows so far",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     parser.add_argument("--weights", type=Path, default=Path(tempfile.gettempdir()) / "ambijax-benchmark")
     args = parser.parse_args()
@@ -162,15 +191,22 @@ def main() -> None:
     results = json.loads(file.read_text()) if file.exists() else []
     for change in shapes.SWEEP if args.sweep else ({},):
         shape = dataclasses.replace(preset, **change)
-        for row in args.rows:
-            budget = {"warmup": args.warmup, "steps": args.steps, "seconds": args.seconds}
-            result = measure(row, directory, shape, **budget)
-            result |= {"change": args.set | change, "shape": dataclasses.asdict(shape), "hardware": hardware()}
-            print(table.line(result), flush=True)
-            same = [r for r in results if (r["row"], r["change"]) == (row, result["change"])]
-            results = sorted([*(r for r in results if r not in same), result], key=lambda r: ROWS.index(r["row"]))
-            file.write_text(json.dumps(results, indent=1) + "\n")
-            file.with_suffix(".md").write_text(table.markdown(args.preset, results))
+        for rows in [args.rows] if args.together else [[row] for row in args.rows]:
+            with both(directory, shape) as sides:
+                for row in rows:
+                    budget = {"warmup": args.warmup, "steps": args.steps, "seconds": args.seconds}
+                    result = measure(row, sides, shape, **budget)
+                    result |= {"change": args.set | change, "shape": dataclasses.asdict(shape), "hardware": hardware()}
+                    print(table.line(result), flush=True)
+                    results = _with(results, result)
+                    file.write_text(json.dumps(results, indent=1) + "\n")
+                    file.with_suffix(".md").write_text(table.markdown(args.preset, results))
+
+
+def _with(results: list[dict], new: dict) -> list[dict]:
+    """In the order of ROWS, without an older result of the same."""
+    others = [r for r in results if (r["row"], r["change"]) != (new["row"], new["change"])]
+    return sorted([*others, new], key=lambda r: ROWS.index(r["row"]))
 
 
 if __name__ == "__main__":

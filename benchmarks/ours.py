@@ -145,7 +145,7 @@ class Side:
 
 def matrix(side: Side) -> Step:
     n = shapes.matrix_size(jax.default_backend() == "cpu")
-    x = jnp.ones((n, n), side.model.dtype)
+    x = jax.random.normal(jax.random.key(0), (n, n), side.model.dtype)  # ones would be faster: fewer bits change
     product = jax.jit(jnp.matmul)
     return lambda: product(x, x).block_until_ready()
 
@@ -154,6 +154,25 @@ def read(side: Side) -> Step:
     x = jnp.ones(shapes.read_size(jax.default_backend() == "cpu"), jnp.float32)
     total = jax.jit(lambda x: x.sum(axis=1))
     return lambda: total(x).block_until_ready()
+
+
+def logits(side: Side) -> Step:
+    """From log-mel to all logits of a completion's tokens, computed in float32 whatever dtype the weights have."""
+    model, prompt = side.model.clone(dtype=jnp.float32), side.prompt(1, live=True)
+    tokens = shapes.completions(side.shape, 1, 1, shapes.LOGITS).astype(np.int32)
+
+    @jax.jit
+    @jax.default_matmul_precision("highest")
+    def compute(variables: dict, prompt: Prompt) -> jax.Array:
+        sound = model.apply(variables, prompt.mel, prompt.frames, method="encode")
+        given = (prompt.tokens, prompt.mask, sound, tokens, np.ones(tokens.shape, bool), None)
+        _, (hidden, _) = model.apply(variables, *given, method="prefill_and_extend")
+        return hidden[:, 0] @ model.apply(variables, method="head").astype(jnp.float32)
+
+    def step() -> None:
+        step.output = sharding.fetch(compute(side.variables, sharding.place(prompt, side.mesh)))
+
+    return step
 
 
 def features_row(side: Side) -> Step:
@@ -273,6 +292,7 @@ def grpoz_row(side: Side) -> Step:
 ROWS = {
     "matrix": matrix,
     "read": read,
+    "logits": logits,
     "features": features_row,
     "tower": tower,
     "readout": readout,
@@ -284,6 +304,10 @@ ROWS = {
     "rollout": rollout,
     "grpoz": grpoz_row,
 }
+
+
+def forget_peak() -> None:
+    """JAX cannot: its peak is that of the process."""
 
 
 def peak_device_bytes() -> int | None:

@@ -118,13 +118,34 @@ class Side:
 
 def matrix(side: Side) -> Step:
     n = shapes.matrix_size(DEVICE.type == "cpu")
-    x = torch.ones((n, n), dtype=getattr(torch, side.shape.dtype), device=DEVICE)
+    x = torch.randn((n, n), dtype=getattr(torch, side.shape.dtype), device=DEVICE)
     return lambda: (x @ x, wait())
 
 
 def read(side: Side) -> Step:
     x = torch.ones(shapes.read_size(DEVICE.type == "cpu"), device=DEVICE)
     return lambda: (x.sum(1), wait())
+
+
+def logits(side: Side) -> Step:
+    """All logits of a completion's tokens in float32; weights of another dtype are cast for as long as it takes."""
+    torch.backends.cudnn.allow_tf32 = False  # matrix products have no TF32 unless asked for; convolutions do
+    tokens = torch.from_numpy(shapes.completions(side.shape, 1, 1, shapes.LOGITS))[0]
+    inputs = side.inputs(1, 1, tokens)
+    inputs["input_features"] = inputs["input_features"].float()
+    cast = [p for p in side.model.parameters() if p.dtype != torch.float32]
+
+    @torch.no_grad()
+    def step() -> dict[str, float]:
+        side.model.eval()
+        for p in cast:
+            p.data = p.data.float()
+        step.output = side.model(**inputs, use_cache=False).logits[:, side.shape.prompt :].cpu().numpy()
+        for p in cast:
+            p.data = p.data.to(getattr(torch, side.shape.dtype))
+        side.model.train()
+
+    return step
 
 
 def features_row(side: Side) -> Step:
@@ -270,6 +291,7 @@ def grpoz(side: Side) -> Step:
 ROWS = {
     "matrix": matrix,
     "read": read,
+    "logits": logits,
     "features": features_row,
     "tower": tower,
     "readout": readout,
@@ -281,6 +303,11 @@ ROWS = {
     "rollout": rollout,
     "grpoz": grpoz,
 }
+
+
+def forget_peak() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_device_bytes() -> int | None:

@@ -15,6 +15,7 @@ from ambijax import audio, emotions, prompt
 # The tiny model's tokenizer serves every size: the rows above its tokens are embedded and sampled all the same.
 VOCABULARY = prompt.load(Path(audio.__file__).parent / "tiny", emotions.CREMAD)
 WORDS = (10, 600)  # ids of ordinary tokens
+LOGITS = 8  # tokens of the row that compares all logits
 
 
 @dataclasses.dataclass(frozen=True)

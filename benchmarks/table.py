@@ -7,6 +7,7 @@ from benchmarks.shapes import Shape, matrix_size, read_size
 TITLES = {
     "matrix": "matrix product (the device's rate)",
     "read": "reading memory (the device's bandwidth)",
+    "logits": "all logits of 8 tokens in float32 (are they the same?)",
     "features": "log-mel",
     "tower": "audio tower and projector",
     "readout": "read-out without chain of thought, from log-mel",
