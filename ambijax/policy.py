@@ -253,7 +253,7 @@ def _writer(
     return _Writer(
         model=model,
         variables=variables,
-        layers=transposed_layers(variables, model.config.text),
+        layers=transposed_layers(variables, model.config.text, model.lora, model.dtype),
         prefix=prefix._replace(past=prefix.past.unstacked(model.cache)),
         head=model.apply(variables, method="head").T,
         tokens=tokens,

@@ -174,7 +174,7 @@ def test_a_step_on_a_rounded_cache_is_that_on_the_floats_it_stands_for():
     for a, b in zip(read.k, floats.k, strict=True):
         assert 0 < np.abs(a - b).max() < np.abs(a).max() / 127  # half a step of a token's and head's own scale
     layers, token, slot = (
-        transposed.transposed_layers(variables, model.config.text),
+        transposed.transposed_layers(variables, model.config.text, model.lora, model.dtype),
         jnp.full((2, 3, 1), 9),
         jnp.int32(2),
     )

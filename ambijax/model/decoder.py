@@ -265,16 +265,16 @@ class Decoder(nn.Module):
     def _layer_by_layer(
         self, x: jax.Array, turn: tuple, layers: tuple[TransposedLayer, ...], attend: Callable[..., jax.Array]
     ) -> jax.Array:
-        c, scale = self.config, self.lora.scale if self.lora else 0.0
+        c = self.config
         x = jnp.moveaxis(sharding.constrain_batch(x), -1, 0)
         for i, layer in enumerate(layers):
-            qkv = layer.qkv(rms_norm(x, layer.input_norm, c.rms_norm_eps, axis=0), scale)
+            qkv = layer.qkv(rms_norm(x, layer.input_norm, c.rms_norm_eps, axis=0))
             q, k, v = qkv[:, :-2], qkv[:, -2:-1], qkv[:, -1]  # [K, R, D, B, G, T], [K, 1, D, ...], [K, D, ...]
             q, k = (rope(jnp.einsum("krdbgt->bgtkrd", z).reshape(*x.shape[1:], -1, c.head_dim), turn) for z in (q, k))
             attended = attend(i, q, _heads_first(k), jnp.einsum("kdbgt->bkgtd", v))
-            x += layer.out(jnp.moveaxis(attended.reshape(*x.shape[1:], -1), -1, 0), scale)
-            gate, up = layer.gate_up(rms_norm(x, layer.middle_norm, c.rms_norm_eps, axis=0), scale)
-            x += layer.down(ACTIVATIONS[c.hidden_act](gate) * up, scale)
+            x += layer.out(jnp.moveaxis(attended.reshape(*x.shape[1:], -1), -1, 0))
+            gate, up = layer.gate_up(rms_norm(x, layer.middle_norm, c.rms_norm_eps, axis=0))
+            x += layer.down(ACTIVATIONS[c.hidden_act](gate) * up)
         return self.norm(jnp.moveaxis(x, 0, -1))
 
     def turn(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

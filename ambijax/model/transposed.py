@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ambijax.model.config import TextConfig
+from ambijax.model.config import LoraConfig, TextConfig
 
 
 class Transposed(NamedTuple):
@@ -24,9 +24,9 @@ class Transposed(NamedTuple):
     scale: jax.Array | None  # [*N], of int8
     bias: jax.Array | None  # [*N]
     a: jax.Array | None  # [r, D]
-    b: jax.Array | None  # [*N, r], zero where a matrix meets another's adapter
+    b: jax.Array | None  # [*N, r], scaled, zero where a matrix meets another's adapter
 
-    def __call__(self, x: jax.Array, lora_scale: float) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         y = jnp.tensordot(self.weight.astype(x.dtype), x, 1)
         beside = lambda z: jnp.expand_dims(z.astype(x.dtype), tuple(range(z.ndim, y.ndim)))  # noqa: E731
         if self.scale is not None:
@@ -34,8 +34,7 @@ class Transposed(NamedTuple):
         if self.bias is not None:
             y += beside(self.bias)
         if self.a is not None:
-            narrow = jnp.tensordot(self.a.astype(x.dtype), x, 1)
-            y += lora_scale * jnp.tensordot(self.b.astype(x.dtype), narrow, 1)
+            y += jnp.tensordot(self.b, jnp.tensordot(self.a, x, 1), 1)
         return y
 
 
@@ -50,9 +49,17 @@ class TransposedLayer(NamedTuple):
     down: Transposed  # N = [hidden]
 
 
-def transposed_layers(variables: dict, config: TextConfig) -> tuple[TransposedLayer, ...]:
-    """Each decoder layer of `variables` ({'params', 'lora'} or {'params'}), in the order in which they run."""
+def transposed_layers(
+    variables: dict, config: TextConfig, lora: LoraConfig | None, dtype: jnp.dtype
+) -> tuple[TransposedLayer, ...]:
+    """Each decoder layer of `variables` ({'params', 'lora'} or {'params'}), in the order in which they run.
+
+    Adapters are float32 where they are trained; here they are in the activations' dtype, cast once.
+    """
     stacked = {name: tree["language_model"]["layers"] for name, tree in variables.items() if "language_model" in tree}
+    if "lora" in stacked:
+        ready = {"a": lambda a: a.astype(dtype), "b": lambda b: (lora.scale * b).astype(dtype)}
+        stacked["lora"] = jax.tree.map_with_path(lambda path, x: ready[path[-1].key](x), stacked["lora"])
     count = len(jax.tree.leaves(stacked)[0])
     return tuple(_layer(jax.tree.map(lambda x, i=i: x[i], stacked), config) for i in range(count))
 
