@@ -52,9 +52,15 @@ def mesh(config: FrozenConfigDict, shape: model_config.Qwen2AudioConfig, devices
     )
     if wrong:
         raise ConfigError("mesh: " + "; ".join(wrong))
-    here, needed = made.devices.flat[0].platform, kernels.PLATFORMS.get(config.model.attention)
-    if needed not in (None, here):
-        raise ConfigError(f"model.attention={config.model.attention!r} runs on a {needed}, not on a {here}; use 'xla'")
+    here = made.devices.flat[0].platform
+    for key in ("attention", "decoding"):
+        needed = kernels.PLATFORMS.get(config.model[key], here)
+        if needed != here:
+            raise ConfigError(f"model.{key}={config.model[key]!r} runs on a {needed}, not on a {here}; use 'xla'")
+    if config.model.decoding == "triton" and text.head_dim & (text.head_dim - 1):
+        raise ConfigError(
+            f"model.decoding='triton' needs heads as wide as a power of two, not {text.head_dim}; use 'xla'"
+        )
     return made
 
 
@@ -68,6 +74,7 @@ def model(config: FrozenConfigDict, shape: model_config.Qwen2AudioConfig) -> qwe
         weights=config.model.weights,
         attention=config.model.attention,
         cache=config.model.cache,
+        decoding=config.model.decoding,
     )
 
 

@@ -214,7 +214,7 @@ def load(
         config.model.checkpoint = str(checkpoint or config.model.checkpoint)
         config.data.labels = tuple(labels or config.data.labels)
         config.data.batch_size = _NO_BATCH
-        config.model.attention = "xla"  # on whatever device this is
+        config.model.attention = config.model.decoding = "xla"  # on whatever device this is
     setting = assemble.setting(FrozenConfigDict(config))
     with jax.set_mesh(setting.mesh):
         variables = {"params": assemble.base(setting)}
@@ -278,6 +278,7 @@ def _config(checkpoint: Path, told: dict, lora: LoraConfig = _NO_LORA, init_from
                 "weights": "float",
                 "cache": "float",
                 "attention": "xla",
+                "decoding": "xla",
                 "remat": "nothing_saveable",
             },
             "lora": dataclasses.asdict(lora),

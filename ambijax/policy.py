@@ -218,14 +218,14 @@ def rollout(
         return _append(writer, s, logits, token, logp)
 
     s = _start(model, prefix, tokens, *keys.shape, max_tokens)
-    for room in cache_stages(max_tokens):
+    for room in [max_tokens] if model.decoding == "triton" else cache_stages(max_tokens):
         s = s._replace(own=s.own.grown(s.own.mask.shape[-1] + room))
         s = _write(step, s, room)
     return _finish(writer, s)
 
 
 def cache_stages(max_tokens: int) -> list[int]:
-    """The steps, in tokens, in which the completions' cache grows: attention reads all of it, written or not.
+    """The steps, in tokens, in which the completions' cache grows: XLA's attention reads all of it, written or not.
 
     Each is a loop of its own to compile, so there are four at most, of 64 tokens at least.
     """

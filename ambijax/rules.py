@@ -73,6 +73,7 @@ RULES = {
     "model.weights": _one_of("float", "int8"),
     "model.cache": _one_of("float", "int8"),
     "model.attention": _one_of("xla", "cudnn", "splash"),
+    "model.decoding": _one_of("xla", "triton"),
     "model.remat": _one_of(  # ours (layers.keep), or of jax.checkpoint_policies those without names
         "products_saveable",
         *("everything_saveable", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"),
@@ -174,6 +175,7 @@ ADDED = {
     "model.weights": "float",
     "model.cache": "float",
     "model.attention": "xla",
+    "model.decoding": "xla",
     "data.features": "",
     "data.pack": False,
     "optim.micro_batch": 0,
@@ -306,6 +308,11 @@ def _contradictions(c: dict) -> list[str]:
         ("model.attention", "model.dtype"),
         lambda attention, dtype: attention != "cudnn" or dtype == "bfloat16",
         "model.attention='cudnn' computes in bfloat16, and model.dtype={model_dtype!r}",
+    )
+    need(
+        ("model.decoding", "model.cache"),
+        lambda decoding, cache: decoding == "xla" or cache == "float",
+        "model.decoding='triton' reads a float cache, and model.cache={model_cache!r}",
     )
     return wrong
 

@@ -29,6 +29,7 @@ def get_config(corpus: str) -> ConfigDict:
     c.model.weights = "float"  # int8: the decoder layers' matrices in half the memory, .8 % off (docs/int8.md)
     c.model.cache = "float"  # int8: keys and values of a roll-out in about half the memory (docs/int8.md)
     c.model.attention = "xla"  # of tower and prompt; cudnn on GPUs, splash on TPUs: fused kernels, not measured yet
+    c.model.decoding = "xla"  # attention of roll-outs; triton on a GPU: one kernel a layer, no slot read in vain
     # A layer keeps what its matrix products made, 2.7 MB a token at 7B, and computes norms, rope and softmax again: a
     # quarter less arithmetic in an update than "nothing_saveable", which keeps nothing and is what a full chip needs.
     c.model.remat = "products_saveable"

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ambijax import sharding
+from ambijax.model import decode_kernel
 from ambijax.model.config import LoraConfig, TextConfig
 from ambijax.model.layers import (
     ACTIVATIONS,
@@ -172,6 +173,7 @@ class Decoder(nn.Module):
     lora: LoraConfig | None
     weights: str
     attention: str
+    decoding: str  # xla, or triton: attention of `decode` in one kernel
     remat: str  # what a layer keeps for its backward pass, see `keep`
 
     def setup(self):
@@ -234,7 +236,8 @@ class Decoder(nn.Module):
 
         Args:
           x: embeddings [B, G, 1, hidden].
-          turn: of this token's position, see `turn`; made before the loop, or cos and sin are taken in every layer.
+          turn: of this token's position, the same for a group, see `turn`; made before the loop, or cos and sin are
+            taken in every layer.
           prompt: shared by the group.
           own: each sequence's tokens before this one.
           slot: where this one's keys and values are written in `own`: before attention looks, or it would take a copy.
@@ -246,36 +249,50 @@ class Decoder(nn.Module):
         mask = jnp.broadcast_to(jnp.arange(own.mask.shape[-1]) <= slot, own.mask.shape)
         own = Past(list(own.k), list(own.v), mask)
 
-        def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        def segments(i: int, k: jax.Array, v: jax.Array) -> list[Segment]:
             own.k[i], own.v[i] = put(own.k[i], k, slot), put(own.v[i], v, slot)
-            return attention(q, [p.segment(p.k[i], p.v[i]) for p in (prompt, own)])
+            return [p.segment(p.k[i], p.v[i]) for p in (prompt, own)]
 
-        hidden = self._layer_by_layer(x, turn, layers, attend)
+        def in_one_kernel(i: int, qkv: jax.Array) -> jax.Array:
+            angles, caches = tuple(z[:, 0, 0, 0] for z in turn), (own.k[i], own.v[i])
+            read = (prompt.k[i], prompt.v[i], prompt.mask)
+            attended, (own.k[i], own.v[i]) = decode_kernel.attend(qkv[..., 0], angles, read, caches, slot)
+            return attended.reshape(-1, *qkv.shape[3:])
+
+        by_parts = functools.partial(self._attend, turn, segments)
+        hidden = self._layer_by_layer(x, layers, in_one_kernel if self.decoding == "triton" else by_parts)
         return hidden, own.replace(k=tuple(own.k), v=tuple(own.v))
 
     def peek(self, block: Block, past: tuple[Past, ...], layers: tuple[TransposedLayer, ...]) -> jax.Array:
         """Hidden states [B, G, T, hidden] of a block that is not kept."""
         causal = _causal(block.mask)
 
-        def attend(i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return attention(q, [*(p.segment(p.k[i], p.v[i]) for p in past), Segment(k, v, causal)])
+        def segments(i: int, k: jax.Array, v: jax.Array) -> list[Segment]:
+            return [*(p.segment(p.k[i], p.v[i]) for p in past), Segment(k, v, causal)]
 
-        return self._layer_by_layer(block.x, self.turn(block.positions), layers, attend)
+        attend = functools.partial(self._attend, self.turn(block.positions), segments)
+        return self._layer_by_layer(block.x, layers, attend)
 
     def _layer_by_layer(
-        self, x: jax.Array, turn: tuple, layers: tuple[TransposedLayer, ...], attend: Callable[..., jax.Array]
+        self, x: jax.Array, layers: tuple[TransposedLayer, ...], attend: Callable[[int, jax.Array], jax.Array]
     ) -> jax.Array:
         c = self.config
         x = jnp.moveaxis(sharding.constrain_batch(x), -1, 0)
         for i, layer in enumerate(layers):
-            qkv = layer.qkv(rms_norm(x, layer.input_norm, c.rms_norm_eps, axis=0))
-            q, k, v = qkv[:, :-2], qkv[:, -2:-1], qkv[:, -1]  # [K, R, D, B, G, T], [K, 1, D, ...], [K, D, ...]
-            q, k = (rope(jnp.einsum("krdbgt->bgtkrd", z).reshape(*x.shape[1:], -1, c.head_dim), turn) for z in (q, k))
-            attended = attend(i, q, _heads_first(k), jnp.einsum("kdbgt->bkgtd", v))
-            x += layer.out(jnp.moveaxis(attended.reshape(*x.shape[1:], -1), -1, 0))
+            x += layer.out(attend(i, layer.qkv(rms_norm(x, layer.input_norm, c.rms_norm_eps, axis=0))))
             gate, up = layer.gate_up(rms_norm(x, layer.middle_norm, c.rms_norm_eps, axis=0))
             x += layer.down(ACTIVATIONS[c.hidden_act](gate) * up)
         return self.norm(jnp.moveaxis(x, 0, -1))
+
+    def _attend(
+        self, turn: tuple, segments: Callable[[int, jax.Array, jax.Array], list[Segment]], i: int, qkv: jax.Array
+    ) -> jax.Array:
+        """Layer i's qkv [K, R + 2, D, B, G, T] to what attention makes of them, [H D, B, G, T]."""
+        q, k, v = qkv[:, :-2], qkv[:, -2:-1], qkv[:, -1]  # [K, R, D, B, G, T], [K, 1, D, ...], [K, D, ...]
+        heads = lambda z: jnp.einsum("krdbgt->bgtkrd", z).reshape(*z.shape[3:], -1, z.shape[2])  # noqa: E731
+        q, k = rope(heads(q), turn), rope(heads(k), turn)
+        attended = attention(q, segments(i, _heads_first(k), jnp.einsum("kdbgt->bkgtd", v)))
+        return jnp.moveaxis(attended.reshape(*attended.shape[:3], -1), -1, 0)
 
     def turn(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """By which angles queries and keys at these positions are turned, see `rotation`."""

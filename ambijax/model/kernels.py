@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ambijax import sharding
 
-PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}  # where each runs
+PLATFORMS = {"cudnn": "gpu", "splash": "tpu", "triton": "gpu"}  # where each runs; triton is decode_kernel.py
 _LANES = 128  # of a TPU; the length of a sequence must be a multiple
 
 

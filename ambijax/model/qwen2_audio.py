@@ -28,6 +28,7 @@ class Qwen2Audio(nn.Module):
     weights: str = "float"  # or int8: how the decoder layers' matrices are stored
     attention: str = "xla"  # or cudnn, splash: the kernel of the tower and the prompt
     cache: str = "float"  # or int8: how a roll-out stores keys and values
+    decoding: str = "xla"  # or triton: the attention of a roll-out
 
     def setup(self):
         c = self.config
@@ -35,7 +36,7 @@ class Qwen2Audio(nn.Module):
             c.audio, self.lora if self.lora and self.lora.audio_tower else None, self.attention
         )
         self.multi_modal_projector = Dense(c.text.hidden_size, True)
-        self.language_model = Decoder(c.text, self.lora, self.weights, self.attention, self.remat)
+        self.language_model = Decoder(c.text, self.lora, self.weights, self.attention, self.decoding, self.remat)
 
     def encode(self, mel: jax.Array, frames: jax.Array) -> jax.Array:
         """mel [B, M, F] with `frames` [B] valid frames to audio embeddings [B, A, hidden], A = M / 4."""
