@@ -250,10 +250,12 @@ def _writer(
     model: Qwen2Audio, variables: dict, prefix: Prefix, tokens: Tokens, ends_line: jax.Array, max_tokens: int
 ) -> _Writer:
     positions = prefix.length[:, None, None] + jnp.arange(max_tokens)
+    mesh = jax.sharding.get_abstract_mesh()
+    joined = model.decoding == "triton" and (mesh.empty or mesh.size == 1)
     return _Writer(
         model=model,
         variables=variables,
-        layers=transposed_layers(variables, model.config.text, model.lora, model.dtype),
+        layers=transposed_layers(variables, model.config.text, model.lora, model.dtype, joined),
         prefix=prefix._replace(past=prefix.past.unstacked(model.cache)),
         head=model.apply(variables, method="head").T,
         tokens=tokens,

@@ -56,7 +56,11 @@ class Side:
         lora = model_config.LoraConfig(shape.rank, shape.alpha, 0.0, audio_tower=False)
         self.remat = base.get_config("cremad").model.remat
         self.model = qwen2_audio.Qwen2Audio(
-            model_config.load(directory), lora, jnp.dtype(shape.dtype), shape.remat or self.remat
+            model_config.load(directory),
+            lora,
+            jnp.dtype(shape.dtype),
+            shape.remat or self.remat,
+            decoding=shape.decoding,
         )
         self.mesh = sharding.make_mesh(1, 1, 1)
         jax.set_mesh(self.mesh)

@@ -132,7 +132,7 @@ def logits(side: Side) -> Step:
     torch.backends.cudnn.allow_tf32 = False  # matrix products have no TF32 unless asked for; convolutions do
     tokens = torch.from_numpy(shapes.completions(side.shape, 1, 1, shapes.LOGITS))[0]
     inputs = side.inputs(1, 1, tokens)
-    inputs["input_features"] = inputs["input_features"].float()
+    inputs["input_features"] = side.features(1)["input_features"].to(DEVICE)  # not rounded to another dtype
     cast = [p for p in side.model.parameters() if p.dtype != torch.float32]
 
     @torch.no_grad()

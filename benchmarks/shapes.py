@@ -44,6 +44,7 @@ class Shape:
     alpha: float = 16.0
     chunk: int = 32  # our completion positions per slice of vocabulary logits
     micro_batch: int = 0  # our prompts of an RL update whose gradient is formed at once, 0 is all; SFT and DPO take all
+    decoding: str = "xla"  # our attention of roll-outs, model.decoding
     remat: str = ""  # our jax.checkpoint policy, '' is the one of configs/base.py
     reference_checkpointing: bool = False  # gradient checkpointing in torch: what a 7B step needs, and a small one not
 
@@ -108,7 +109,7 @@ PRESETS = {
     "7b": Shape(
         **{"hidden": 4096, "mlp": 11_008, "layers": 32, "heads": 32, "vocabulary": 156_032, "dtype": "bfloat16"},
         **{"tower": 1280, "tower_mlp": 5120, "tower_layers": 32, "tower_heads": 20},
-        **{"new_tokens": 256, "completion": 256, "reference_checkpointing": True},
+        **{"new_tokens": 256, "completion": 256, "reference_checkpointing": True, "decoding": "triton"},
     ),
 }
 

@@ -1,11 +1,12 @@
-"""What a decoding step does between its products with weights, in one kernel for GPUs (Pallas, through Triton).
+"""What a decoding step does between its products with weights, in two kernels for GPUs (Pallas, through Triton).
 
 Written in JAX, it is two dozen small operations a layer, and a GPU takes longer to start and to end them than to read
-what they read. Here they are one: rope, the softmax over prompt and completion, and writing the new token into the
-caches. It reads the slots that are written and no others, so that caches need not grow in stages.
+what they read. Here the first kernel rotates, writes the new tokens into the caches and lets a whole group look at its
+prompt, whose keys are read once; in the second each sequence looks at its own tokens. Slots that are not written are
+not read, so that caches need not grow in stages.
 
     B prompts   G sequences of one prompt   P prompt tokens   N slots of a completion
-    K key-value heads   R query heads to each   D head width, a power of two
+    K key-value heads   R query heads to each   D head width, a power of two from 32 on
 """
 
 import functools
@@ -19,6 +20,7 @@ from ambijax import sharding
 from ambijax.model.layers import MASKED
 
 _BLOCK = 64  # keys that are looked at together
+_COLUMNS = 16  # sequences in a product of matrix units, at least
 
 
 def attend(
@@ -56,80 +58,117 @@ def attend(
 def _call(qkv: jax.Array, turn: tuple, prompt: tuple, own: tuple, slot: jax.Array, interpret: bool) -> tuple:
     kv_heads, queries, d, b, g = qkv.shape
     r, p, n = queries - 2, prompt[0].shape[2], own[0].shape[3]
+    like = lambda shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    how = {"compiler_params": triton.CompilerParams(num_warps=4, num_stages=2), "interpret": interpret}
 
-    # A program for each sequence and query head; sequences of one prompt come one after another and share its keys.
-    def at(*shape: int | None, index: object) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda i, j, k: index(i, j // r, j % r, k))
-
-    column = (None, None, d, None, None)
-    cache = at(None, None, None, n, d, index=lambda g, k, _, b: (b, k, g, 0, 0))
-    shared = at(None, None, p, d, index=lambda g, k, _, b: (b, k, 0, 0))
-    of_prompt = lambda size: at(None, size, index=lambda g, k, _, b: (b, 0))  # noqa: E731
-    out, *own = pl.pallas_call(
-        _kernel,
-        grid=(g, kv_heads * r, b),
+    # A program for each query head of a prompt. What it leaves has a column for each sequence.
+    at = lambda shape, index: pl.BlockSpec(shape, lambda h, b: index(h // r, h % r, b))  # noqa: E731
+    column = (None, None, d, None, g)
+    cache = at((None, None, g, n, d), lambda k, _, b: (b, k, 0, 0, 0))
+    shared = at((None, None, p, d), lambda k, _, b: (b, k, 0, 0))
+    of_prompt = lambda size: at((None, size), lambda k, _, b: (b, 0))  # noqa: E731
+    query = at(column, lambda k, r, b: (k, r, 0, b, 0))
+    sums = at((None, None, None, g), lambda k, r, b: (k, r, b, 0))
+    state_shape = [like((kv_heads, r, d, b, g)), *[like((kv_heads, r, b, g))] * 2]
+    rotated, *own, out, top, total = pl.pallas_call(
+        _read_prompt,
+        grid=(kv_heads * r, b),
         in_specs=[
-            at(1, index=lambda *_: (0,)),
-            at(*column, index=lambda g, k, r, b: (k, r, 0, b, g)),
-            at(*column, index=lambda g, k, _, b: (k, r, 0, b, g)),
-            at(*column, index=lambda g, k, _, b: (k, r + 1, 0, b, g)),
+            at((1,), lambda *_: (0,)),
+            query,
+            at(column, lambda k, _, b: (k, r, 0, b, 0)),
+            at(column, lambda k, _, b: (k, r + 1, 0, b, 0)),
             *(of_prompt(d // 2), of_prompt(d // 2), of_prompt(p)),
             *(shared, shared, cache, cache),
         ],
-        out_specs=[at(*column, index=lambda g, k, r, b: (k, r, 0, b, g)), cache, cache],
-        out_shape=[
-            jax.ShapeDtypeStruct((kv_heads, r, d, b, g), qkv.dtype),
-            *(jax.ShapeDtypeStruct(z.shape, z.dtype) for z in own),
-        ],
+        out_specs=[query, cache, cache, query, sums, sums],
+        out_shape=[like((kv_heads, r, d, b, g), qkv.dtype), *(like(z.shape, z.dtype) for z in own), *state_shape],
         input_output_aliases={9: 1, 10: 2},
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
+        **how,
     )(slot[None], qkv, qkv, qkv, *turn, prompt[2].astype(jnp.int32), *prompt[:2], *own)
+
+    # A program for each sequence and query head.
+    at = lambda shape, index: pl.BlockSpec(shape, lambda g, h, b: index(g, h // r, h % r, b))  # noqa: E731
+    column = at((None, None, d, None, None), lambda g, k, r, b: (k, r, 0, b, g))
+    cache = at((None, None, None, n, d), lambda g, k, _, b: (b, k, g, 0, 0))
+    number = at((None, None, None, 1), lambda g, k, r, b: (k, r, b, g))
+    out = pl.pallas_call(
+        _read_own,
+        grid=(g, kv_heads * r, b),
+        in_specs=[at((1,), lambda *_: (0,)), column, cache, cache, column, number, number],
+        out_specs=column,
+        out_shape=like((kv_heads, r, d, b, g), qkv.dtype),
+        **how,
+    )(slot[None], rotated, *own, out, top, total)
     return out, tuple(own)
 
 
-def _kernel(
-    slot_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, exists_ref, shared_k, shared_v, _k, _v, out_ref, own_k, own_v
+def _read_prompt(
+    slot_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, exists_ref, keys, values, _k, _v,
+    rotated_ref, own_k, own_v, out_ref, top_ref, total_ref,
 ):  # fmt: skip
-    """One query; references are [D], [D / 2], [P], [P, D] and [N, D]. The caches are read where they are written."""
-    d, half, p = q_ref.shape[0], cos_ref.shape[0], exists_ref.shape[0]
-    lower, upper, whole = pl.ds(0, half), pl.ds(half, half), pl.ds(0, d)
-    cos, sin, slot = cos_ref[...], sin_ref[...], slot_ref[0]
+    """A query head of the G sequences of a prompt; references are [D, G], [D / 2], [P], [P, D], [G, N, D] and [G]."""
+    (d, g), p, slot = q_ref.shape, exists_ref.shape[0], slot_ref[0]
+    lower, upper, whole = pl.ds(0, d // 2), pl.ds(d // 2, d // 2), pl.ds(0, d)
+    columns = max(_COLUMNS, pl.next_power_of_2(g))
+    group, exist = pl.ds(0, columns), jnp.arange(columns) < g
+    cos, sin = cos_ref[...][:, None], sin_ref[...][:, None]
+    column = lambda ref, rows: triton.load(ref.at[rows, group], mask=exist[None], other=0)  # noqa: E731
 
     def turned(ref: object) -> tuple[jax.Array, jax.Array]:
-        """Halves, rounded as `layers.rope` rounds."""
-        x, y = ref[lower].astype(jnp.float32), ref[upper].astype(jnp.float32)
+        """Halves [D / 2, G], rounded as `layers.rope` rounds."""
+        x, y = (column(ref, rows).astype(jnp.float32) for rows in (lower, upper))
         return tuple(z.astype(ref.dtype) for z in (x * cos - y * sin, y * cos + x * sin))
 
-    query = [z.astype(jnp.float32) * d**-0.5 for z in turned(q_ref)]
-    key, value = turned(k_ref), v_ref[...]
-    own_k[slot, lower], own_k[slot, upper], own_v[slot, whole] = *key, value
+    query = turned(q_ref)
+    for rows, half in zip((lower, upper), query, strict=True):
+        triton.store(rotated_ref.at[rows, group], half, mask=exist[None])
+    for cache, rows, new in zip(
+        (own_k, own_k, own_v), (lower, upper, whole), (*turned(k_ref), column(v_ref, whole)), strict=True
+    ):
+        triton.store(cache.at[group, slot, rows], new.T, mask=exist[:, None])
 
-    def look(keys: object, values: object, seen: jax.Array, start: jax.Array, state: tuple) -> tuple:
-        """At one block of keys. Each place in a block has a softmax of its own, which nobody has to wait for."""
-        rows, top, total, out = pl.ds(start, _BLOCK), *state
-        load = lambda ref, columns: triton.load(ref.at[rows, columns], mask=seen[:, None], other=0).astype(jnp.float32)  # noqa: E731
-        score = sum((z * load(keys, columns)).sum(axis=1) for z, columns in zip(query, (lower, upper), strict=True))
-        score = jnp.where(seen, score, MASKED)
+    def look(i: jax.Array, state: tuple) -> tuple:
+        rows, inside, (top, total, out) = pl.ds(i * _BLOCK, _BLOCK), i * _BLOCK + jnp.arange(_BLOCK) < p, state
+        seen = inside & (triton.load(exists_ref.at[rows], mask=inside, other=0) != 0)
+        load = lambda ref, part: triton.load(ref.at[rows, part], mask=seen[:, None], other=0)  # noqa: E731
+        score = sum(triton.dot(load(keys, part), half) for part, half in zip((lower, upper), query, strict=True))
+        score = jnp.where(seen[:, None], score * d**-0.5, MASKED)
+        higher = jnp.maximum(top, score.max(axis=0))
+        kept, weight = jnp.exp(top - higher), jnp.where(seen[:, None], jnp.exp(score - higher), 0)
+        out = out * kept + triton.dot(load(values, whole), weight.astype(values.dtype), trans_a=True)
+        return higher, total * kept + weight.sum(axis=0), out
+
+    nothing = jnp.zeros(columns, jnp.float32)
+    state = (nothing + MASKED, nothing, jnp.zeros((d, columns), jnp.float32))
+    top, total, out = jax.lax.fori_loop(0, pl.cdiv(p, _BLOCK), look, state)
+    triton.store(out_ref.at[whole, group], out, mask=exist[None])
+    triton.store(top_ref.at[group], top, mask=exist)
+    triton.store(total_ref.at[group], total, mask=exist)
+
+
+def _read_own(slot_ref, query_ref, keys, values, read_ref, top_ref, total_ref, out_ref):
+    """One query of one sequence, after its prompt; references are [D], [N, D] and [1]."""
+    slot, query = slot_ref[0], query_ref[...].astype(jnp.float32) * query_ref.shape[0] ** -0.5
+    d = query.shape[0]
+
+    def look(i: jax.Array, state: tuple) -> tuple:
+        """Each place in a block has a softmax of its own, which nobody has to wait for."""
+        rows, (top, total, out) = pl.ds(i * _BLOCK, _BLOCK), state
+        seen = i * _BLOCK + jnp.arange(_BLOCK) <= slot
+        key, value = (
+            triton.load(ref.at[rows, pl.ds(0, d)], mask=seen[:, None], other=0).astype(jnp.float32)
+            for ref in (keys, values)
+        )
+        score = jnp.where(seen, (key * query).sum(axis=1), MASKED)
         higher = jnp.maximum(top, score)
         kept, weight = jnp.exp(top - higher), jnp.where(seen, jnp.exp(score - higher), 0)
-        return higher, total * kept + weight, out * kept[:, None] + weight[:, None] * load(values, whole)
-
-    def at_prompt(i: jax.Array, state: tuple) -> tuple:
-        rows = pl.ds(i * _BLOCK, _BLOCK)
-        inside = i * _BLOCK + jnp.arange(_BLOCK) < p
-        seen = inside & (triton.load(exists_ref.at[rows], mask=inside, other=0) != 0)
-        return look(shared_k, shared_v, seen, i * _BLOCK, state)
-
-    def at_own(i: jax.Array, state: tuple) -> tuple:
-        return look(own_k, own_v, i * _BLOCK + jnp.arange(_BLOCK) < slot, i * _BLOCK, state)
+        return higher, total * kept + weight, out * kept[:, None] + weight[:, None] * value
 
     nothing = jnp.zeros(_BLOCK, jnp.float32)
     state = (nothing + MASKED, nothing, jnp.zeros((_BLOCK, d), jnp.float32))
-    state = jax.lax.fori_loop(0, pl.cdiv(p, _BLOCK), at_prompt, state)
-    tops, totals, outs = jax.lax.fori_loop(0, pl.cdiv(slot, _BLOCK), at_own, state)
-    score = sum((q * k.astype(jnp.float32)).sum() for q, k in zip(query, key, strict=True))  # of itself
-    top = jnp.maximum(tops.max(), score)
-    kept, weight = jnp.exp(tops - top), jnp.exp(score - top)
-    out = (outs * kept[:, None]).sum(axis=0) + weight * value.astype(jnp.float32)
-    out_ref[...] = (out / ((totals * kept).sum() + weight)).astype(out_ref.dtype)
+    tops, totals, outs = jax.lax.fori_loop(0, pl.cdiv(slot + 1, _BLOCK), look, state)
+    top = jnp.maximum(tops.max(), top_ref[0])
+    kept, before = jnp.exp(tops - top), jnp.exp(top_ref[0] - top)
+    out = (outs * kept[:, None]).sum(axis=0) + read_ref[...] * before
+    out_ref[...] = (out / ((totals * kept).sum() + total_ref[0] * before)).astype(out_ref.dtype)

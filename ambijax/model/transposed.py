@@ -28,40 +28,72 @@ class Transposed(NamedTuple):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jnp.tensordot(self.weight.astype(x.dtype), x, 1)
-        beside = lambda z: jnp.expand_dims(z.astype(x.dtype), tuple(range(z.ndim, y.ndim)))  # noqa: E731
         if self.scale is not None:
-            y *= beside(self.scale)
+            y *= _meeting(self.scale, y)
         if self.bias is not None:
-            y += beside(self.bias)
+            y += _meeting(self.bias, y)
         if self.a is not None:
             y += jnp.tensordot(self.b, jnp.tensordot(self.a, x, 1), 1)
         return y
+
+
+class Joined(NamedTuple):
+    """The same as one product, a's rows below the matrices': a GPU starts a small product as long as it makes it.
+
+    Of float matrices on one device: rows of heads and rows of adapters cannot be split alike.
+    """
+
+    weight: jax.Array  # [N + r, D]
+    bias: jax.Array | None  # [*N]
+    b: jax.Array  # [r, *N]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        both, rank = jnp.tensordot(self.weight, x, 1), len(self.b)
+        y, narrow = both[:-rank].reshape(*self.b.shape[1:], *x.shape[1:]), both[-rank:]
+        # A sum and not a product, so that XLA computes it inside of whatever reads it.
+        narrow = jnp.expand_dims(narrow, tuple(range(1, self.b.ndim))).astype(jnp.float32)
+        y += (_meeting(self.b, narrow) * narrow).sum(axis=0).astype(x.dtype)
+        return y if self.bias is None else y + _meeting(self.bias, y)
+
+
+def _meeting(z: jax.Array, y: jax.Array) -> jax.Array:
+    """z as it is multiplied with y, whose first axes it has, and added to it."""
+    return jnp.expand_dims(z.astype(y.dtype), tuple(range(z.ndim, y.ndim)))
 
 
 class TransposedLayer(NamedTuple):
     """One decoder layer."""
 
     input_norm: jax.Array  # [hidden]
-    qkv: Transposed  # N = [K, R + 2, D]: a key-value head's R queries, key and value; devices may split K
-    out: Transposed  # N = [hidden]
+    qkv: Transposed | Joined  # N = [K, R + 2, D]: a key-value head's R queries, key and value; devices may split K
+    out: Transposed | Joined  # N = [hidden]
     middle_norm: jax.Array  # [hidden]
-    gate_up: Transposed  # N = [2, width]
-    down: Transposed  # N = [hidden]
+    gate_up: Transposed | Joined  # N = [2, width]
+    down: Transposed | Joined  # N = [hidden]
 
 
 def transposed_layers(
-    variables: dict, config: TextConfig, lora: LoraConfig | None, dtype: jnp.dtype
+    variables: dict, config: TextConfig, lora: LoraConfig | None, dtype: jnp.dtype, joined: bool = False
 ) -> tuple[TransposedLayer, ...]:
     """Each decoder layer of `variables` ({'params', 'lora'} or {'params'}), in the order in which they run.
 
-    Adapters are float32 where they are trained; here they are in the activations' dtype, cast once.
+    Adapters are float32 where they are trained; here they are in the activations' dtype, cast once. `joined` makes
+    `Joined` of matrices that can be.
     """
     stacked = {name: tree["language_model"]["layers"] for name, tree in variables.items() if "language_model" in tree}
     if "lora" in stacked:
         ready = {"a": lambda a: a.astype(dtype), "b": lambda b: (lora.scale * b).astype(dtype)}
         stacked["lora"] = jax.tree.map_with_path(lambda path, x: ready[path[-1].key](x), stacked["lora"])
     count = len(jax.tree.leaves(stacked)[0])
-    return tuple(_layer(jax.tree.map(lambda x, i=i: x[i], stacked), config) for i in range(count))
+    layers = tuple(_layer(jax.tree.map(lambda x, i=i: x[i], stacked), config) for i in range(count))
+    return jax.tree.map(_joined, layers, is_leaf=lambda x: isinstance(x, Transposed)) if joined else layers
+
+
+def _joined(matrix: jax.Array | Transposed) -> jax.Array | Transposed | Joined:
+    if not isinstance(matrix, Transposed) or matrix.a is None or matrix.scale is not None:
+        return matrix  # a norm's scale, a matrix without adapters, or one in int8
+    rows = matrix.weight.reshape(-1, matrix.weight.shape[-1])
+    return Joined(jnp.concatenate([rows, matrix.a]), matrix.bias, jnp.moveaxis(matrix.b, -1, 0))
 
 
 def _layer(variables: dict, c: TextConfig) -> TransposedLayer:
