@@ -334,12 +334,15 @@ def write_hugging_face(
         _copy_side_files(source, out)
     raw = hugging_face.read_json(source / "config.json") | {"dtype": dtype.name, "torch_dtype": dtype.name}
     (out / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+    def in_their_layout(key: str) -> np.ndarray:
+        parameter, layer = tensors[key]
+        theirs = np.asarray(value(parameter, layer)).transpose(parameter.inverse)
+        return np.ascontiguousarray(theirs.astype(dtype, copy=False))
+
     for name, keys in tqdm.tqdm(shards.items(), "shards", disable=None, leave=False):
-        values = {}
-        for key in keys:
-            parameter, layer = tensors[key]
-            theirs = np.asarray(value(parameter, layer)).transpose(parameter.inverse)
-            values[key] = np.ascontiguousarray(theirs.astype(dtype, copy=False))
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            values = dict(zip(keys, pool.map(in_their_layout, keys), strict=True))
         save_file(values, out / f"{name}.partial", metadata={"format": "pt"})
         shutil.copymode(out / "config.json", out / f"{name}.partial")  # safetensors lets only its owner read a file
         (out / f"{name}.partial").rename(out / name)

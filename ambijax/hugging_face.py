@@ -7,6 +7,7 @@ Strict: every tensor must have a place here and every parameter its tensors, of 
 named. Only safetensors are read, so nothing is unpickled, and torch is not used.
 """
 
+import concurrent.futures
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -267,25 +268,26 @@ def match(directory: Path, wanted: Sequence[Parameter]) -> dict[str, list[Tensor
 _BLOCK = 2 * 2**20  # bytes read at a time; a larger block leaves the processor's cache while it is turned
 
 
-def _blocks(tensor: Tensor, window: Sequence[slice]) -> Iterator[tuple[slice, np.ndarray]]:
-    """tensor[window] some rows at a time: (which rows of the window, their values).
-
-    The file is opened for every block: what has been read of an open file stays mapped and counts as memory.
-    """
+def _rows(tensor: Tensor, window: Sequence[slice]) -> Iterator[slice]:
+    """The rows of tensor[window], some at a time."""
     start, stop, _ = window[0].indices(tensor.shape[0])
     step = max(1, _BLOCK // (DTYPES[tensor.dtype].itemsize * int(np.prod(tensor.shape[1:]))))
     for row in range(start, stop, step):
-        end = min(row + step, stop)
-        with safe_open(tensor.file, "numpy") as file:
-            yield slice(row - start, end - start), file.get_slice(tensor.key)[(slice(row, end), *window[1:])]
+        yield slice(row, min(row + step, stop))
+
+
+def _read_rows(tensor: Tensor, rows: slice, window: Sequence[slice]) -> np.ndarray:
+    """These rows of tensor[window]. The file is opened anew: what was read of an open one counts as memory."""
+    with safe_open(tensor.file, "numpy") as file:
+        return file.get_slice(tensor.key)[(rows, *window[1:])]
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     everything = [slice(None)] * len(a.shape)
-    pairs = zip(_blocks(a, everything), _blocks(b, everything), strict=True)
-    return all(np.array_equal(x, y) for (_, x), (_, y) in pairs)
+    pairs = ((_read_rows(z, rows, everything) for z in (a, b)) for rows in _rows(a, everything))
+    return all(np.array_equal(*pair) for pair in pairs)
 
 
 def read(parameter: Parameter, sources: Sequence[Tensor], index: Sequence[slice], dtype: np.dtype) -> np.ndarray:
@@ -300,8 +302,15 @@ def read(parameter: Parameter, sources: Sequence[Tensor], index: Sequence[slice]
     out = np.empty([len(range(n)[s]) for n, s in zip(parameter.shape, index, strict=True)], dtype)
     window = [index[parameter.stacked :][i] for i in parameter.inverse]
     layers = zip(out, sources[index[0]], strict=True) if parameter.stacked else [(out, sources[0])]
-    for layer, source in layers:
+    blocks = [(layer, source, rows) for layer, source in layers for rows in _rows(source, window)]
+
+    def fill(block: tuple[np.ndarray, Tensor, slice]) -> None:
+        layer, source, rows = block
+        start = window[0].indices(source.shape[0])[0]
         theirs = layer.transpose(parameter.inverse)
-        for rows, values in _blocks(source, window):
-            theirs[rows] = values
+        theirs[rows.start - start : rows.stop - start] = _read_rows(source, rows, window)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # turning a matrix around takes longer than reading it
+        for _ in pool.map(fill, blocks):
+            pass
     return out

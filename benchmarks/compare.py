@@ -37,6 +37,7 @@ ROWS = (
     *("matrix", "read", "logits", "features", "tower", "readout", "sft", "sft_live", "sft_mixed", "sft_mixed_padded"),
     *("dpo", "rollout", "grpoz"),
 )
+COMPARED = ("logits", "readout")  # rows whose outputs are held against each other
 AGREE = 2e-3  # largest difference of the two sides' logits in float32; bfloat16 rounds them to 8 bits
 
 
@@ -167,6 +168,8 @@ def _arguments() -> argparse.Namespace:
     args.rows = args.rows.split(",")
     if unknown := set(args.rows) - set(ROWS):
         parser.error(f"--rows: {', '.join(sorted(unknown))} is none of {', '.join(ROWS)}")
+    if args.together:  # these first: training changes the adapters, each side's in its own way
+        args.rows.sort(key=lambda row: row not in COMPARED)
     kinds = {field.name: type(getattr(shapes.PRESETS["small"], field.name)) for field in dataclasses.fields(Shape)}
     try:
         changes = dict(change.split("=") for change in args.set)

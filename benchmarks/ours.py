@@ -151,7 +151,7 @@ def matrix(side: Side) -> Step:
     n = shapes.matrix_size(jax.default_backend() == "cpu")
     x = jax.random.normal(jax.random.key(0), (n, n), side.model.dtype)  # ones would be faster: fewer bits change
     product = jax.jit(jnp.matmul)
-    return lambda: product(x, x).block_until_ready()
+    return lambda: jax.block_until_ready([product(x, x) for _ in range(shapes.PRODUCTS)])
 
 
 def read(side: Side) -> Step:

@@ -119,7 +119,7 @@ class Side:
 def matrix(side: Side) -> Step:
     n = shapes.matrix_size(DEVICE.type == "cpu")
     x = torch.randn((n, n), dtype=getattr(torch, side.shape.dtype), device=DEVICE)
-    return lambda: (x @ x, wait())
+    return lambda: ([x @ x for _ in range(shapes.PRODUCTS)], wait())
 
 
 def read(side: Side) -> Step:

@@ -109,7 +109,7 @@ PRESETS = {
     "7b": Shape(
         **{"hidden": 4096, "mlp": 11_008, "layers": 32, "heads": 32, "vocabulary": 156_032, "dtype": "bfloat16"},
         **{"tower": 1280, "tower_mlp": 5120, "tower_layers": 32, "tower_heads": 20},
-        **{"new_tokens": 256, "completion": 256, "reference_checkpointing": True, "decoding": "triton"},
+        **{"new_tokens": 256, "completion": 256, "reference_checkpointing": True, "decoding": "triton", "chunk": 128},
     ),
 }
 
@@ -121,6 +121,9 @@ SWEEP = (
 )
 
 
+PRODUCTS = 8  # of a step of the row that measures a device's rate: one alone would measure its start, too
+
+
 def matrix_size(cpu: bool) -> int:
     """Rows and columns of the square product that measures the rate of a device."""
     return 2048 if cpu else 8192
@@ -128,7 +131,7 @@ def matrix_size(cpu: bool) -> int:
 
 def read_size(cpu: bool) -> tuple[int, int]:
     """Of the float32 matrix whose rows are summed to measure how fast its memory is read, as decoding reads weights."""
-    return (2**13, 2**13) if cpu else (2**15, 2**15)
+    return (2**13, 2**13) if cpu else (2**16, 2**15)
 
 
 def clips(shape: Shape, count: int) -> list[np.ndarray]:

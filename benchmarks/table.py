@@ -2,10 +2,10 @@
 
 import math
 
-from benchmarks.shapes import Shape, matrix_size, read_size
+from benchmarks.shapes import PRODUCTS, Shape, matrix_size, read_size
 
 TITLES = {
-    "matrix": "matrix product (the device's rate)",
+    "matrix": "eight matrix products (the device's rate)",
     "read": "reading memory (the device's bandwidth)",
     "logits": "all logits of 8 tokens in float32 (are they the same?)",
     "features": "log-mel",
@@ -99,7 +99,7 @@ def _limits(results: list[dict]) -> str:
     text = ""
     if "matrix" in by_row and "sft" in by_row:
         n = matrix_size(by_row["matrix"]["hardware"]["gpu"] is None)
-        rate = 2 * n**3 / min(by_row["matrix"][side]["median"] for side in ("ours", "reference"))
+        rate = 2 * PRODUCTS * n**3 / min(by_row["matrix"][side]["median"] for side in ("ours", "reference"))
         for side in ("ours", "reference"):
             shape, seconds = Shape(**by_row["sft"]["shape"]), by_row["sft"][side]["median"]
             tokens = shape.clips * (shape.prompt + shape.completion)

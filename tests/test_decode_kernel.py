@@ -1,4 +1,7 @@
-"""The kernel that decodes on a GPU computes what a roll-out computes without it, by Pallas' interpreter on a CPU."""
+"""The kernels that decode on a GPU compute what a roll-out computes without them, by Pallas' interpreter on a CPU.
+
+On an H200 they were held against the same: bfloat16 within 4e-3 (docs/log.md).
+"""
 
 import functools
 
@@ -32,23 +35,23 @@ def by_parts(qkv, turn, prompt, own, slot):
     return jnp.einsum("bgkrd->krdbg", out.reshape(B, G, K, R, D)), own
 
 
-@pytest.mark.parametrize("slot", [0, 1, 63, 64, 65, 139])  # on either side of a block's edge, and the last
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_new_token_attends_as_by_parts_and_lies_in_its_slot(slot, dtype):
+def test_a_new_token_attends_as_by_parts_and_lies_in_its_slot(dtype):
     shapes = [(K, R + 2, D, B, G), *[(B, K, P, D)] * 2, *[(B, K, G, N, D)] * 2]
     qkv, *caches = (jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate(shapes))
     exists = jnp.arange(P) >= jnp.array([[0], [9]])
-    turn = tuple(z[:, 0] for z in rotation(jnp.array([P, P - 9]) + slot, D, 1e4))
-    given = (qkv, turn, (*caches[:2], exists), tuple(caches[2:]), jnp.int32(slot))
-    out, own = jax.jit(interpreted)(*given)
-    plain, written = jax.jit(by_parts)(*given)
-    assert np.abs(plain).max() > 0.3
-    atol = {"float32": 1e-6, "bfloat16": 1e-2}[dtype]
-    for a, b in zip((out, *own), (plain, *written), strict=True):
-        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=atol)
+    fused, plain = jax.jit(interpreted), jax.jit(by_parts)
+    for slot in (0, 1, 63, 64, 65, 139):  # on either side of a block's edge, and the last
+        turn = tuple(z[:, 0] for z in rotation(jnp.array([P, P - 9]) + slot, D, 1e4))
+        given = (qkv, turn, (*caches[:2], exists), tuple(caches[2:]), jnp.int32(slot))
+        (out, own), (expected, written) = fused(*given), plain(*given)
+        assert np.abs(expected).max() > 0.3
+        atol = {"float32": 1e-6, "bfloat16": 1e-2}[dtype]
+        for a, b in zip((out, *own), (expected, *written), strict=True):
+            np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=atol)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_roll_out_with_the_kernel_is_the_one_without(monkeypatch, devices):
     monkeypatch.setattr(decode_kernel, "attend", interpreted)
     mesh = sharding.make_mesh(*{1: (1, 1, 1), 8: (2, 2, 2)}[devices], devices=jax.devices()[:devices])

@@ -6,7 +6,7 @@ prompt, whose keys are read once; in the second each sequence looks at its own t
 not read, so that caches need not grow in stages.
 
     B prompts   G sequences of one prompt   P prompt tokens   N slots of a completion
-    K key-value heads   R query heads to each   D head width, a power of two from 32 on
+    K key-value heads   R query heads to each   D head width, one of WIDTHS
 """
 
 import functools
@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton
 from ambijax import sharding
 from ambijax.model.layers import MASKED
 
+WIDTHS = (32, 64, 128, 256)  # powers of two, of whose halves matrix units make products
 _BLOCK = 64  # keys that are looked at together
 _COLUMNS = 16  # sequences in a product of matrix units, at least
 
@@ -148,27 +149,20 @@ def _read_prompt(
 
 
 def _read_own(slot_ref, query_ref, keys, values, read_ref, top_ref, total_ref, out_ref):
-    """One query of one sequence, after its prompt; references are [D], [N, D] and [1]."""
-    slot, query = slot_ref[0], query_ref[...].astype(jnp.float32) * query_ref.shape[0] ** -0.5
-    d = query.shape[0]
+    """One query of one sequence goes on after its prompt; references are [D], [N, D] and [1]."""
+    d, slot = query_ref.shape[0], slot_ref[0]
+    query = query_ref[...].astype(jnp.float32) * d**-0.5
 
     def look(i: jax.Array, state: tuple) -> tuple:
-        """Each place in a block has a softmax of its own, which nobody has to wait for."""
         rows, (top, total, out) = pl.ds(i * _BLOCK, _BLOCK), state
         seen = i * _BLOCK + jnp.arange(_BLOCK) <= slot
-        key, value = (
-            triton.load(ref.at[rows, pl.ds(0, d)], mask=seen[:, None], other=0).astype(jnp.float32)
-            for ref in (keys, values)
-        )
+        load = lambda ref: triton.load(ref.at[rows, pl.ds(0, d)], mask=seen[:, None], other=0).astype(jnp.float32)  # noqa: E731
+        key, value = load(keys), load(values)
         score = jnp.where(seen, (key * query).sum(axis=1), MASKED)
-        higher = jnp.maximum(top, score)
-        kept, weight = jnp.exp(top - higher), jnp.where(seen, jnp.exp(score - higher), 0)
-        return higher, total * kept + weight, out * kept[:, None] + weight[:, None] * value
+        higher = jnp.maximum(top, score.max())
+        kept, weight = jnp.exp(top - higher), jnp.exp(score - higher)
+        return higher, total * kept + weight.sum(), out * kept + (weight[:, None] * value).sum(axis=0)
 
-    nothing = jnp.zeros(_BLOCK, jnp.float32)
-    state = (nothing + MASKED, nothing, jnp.zeros((_BLOCK, d), jnp.float32))
-    tops, totals, outs = jax.lax.fori_loop(0, pl.cdiv(slot + 1, _BLOCK), look, state)
-    top = jnp.maximum(tops.max(), top_ref[0])
-    kept, before = jnp.exp(tops - top), jnp.exp(top_ref[0] - top)
-    out = (outs * kept[:, None]).sum(axis=0) + read_ref[...] * before
-    out_ref[...] = (out / ((totals * kept).sum() + total_ref[0] * before)).astype(out_ref.dtype)
+    state = (top_ref[0], total_ref[0], read_ref[...])
+    _, total, out = jax.lax.fori_loop(0, pl.cdiv(slot + 1, _BLOCK), look, state)
+    out_ref[...] = (out / total).astype(out_ref.dtype)
