@@ -45,19 +45,14 @@ class Prefix(NamedTuple):
 def prefill(model: Qwen2Audio, variables: dict, prompt: Prompt, rngs: dict) -> Prefix:
     """Computes each prompt once: from its mel frames, or from the tower's output where that is given."""
     audio = _heard(model, variables, prompt, rngs)
-    return _prefix(prompt, *model.apply(variables, prompt.tokens, prompt.mask, audio, method="prefill", rngs=rngs))
+    read = model.apply(variables, prompt.tokens, prompt.mask, audio, method="prefill", rngs=rngs)
+    return Prefix(*read, prompt.mask.sum(axis=1))
 
 
 def _heard(model: Qwen2Audio, variables: dict, prompt: Prompt, rngs: dict) -> jax.Array:
     if prompt.audio is not None:
         return prompt.audio
     return model.apply(variables, prompt.mel, prompt.frames, method="encode", rngs=rngs)
-
-
-def _prefix(prompt: Prompt, hidden: jax.Array, past: Past) -> Prefix:
-    final = prompt.mask.shape[1] - 1 - jnp.argmax(prompt.mask[:, ::-1], axis=1)
-    last = jnp.take_along_axis(hidden, final[:, None, None], axis=1)[:, 0]
-    return Prefix(last, past, prompt.mask.sum(axis=1))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "class_ids", "words", "temperature", "chunk"))
@@ -91,7 +86,7 @@ def score(
     asked = (prompt.tokens, prompt.mask, _heard(model, variables, prompt, rngs))
     given = (completions.tokens, completions.mask, completions.packing)
     read, (hidden, own) = model.apply(variables, *asked, *given, method="prefill_and_extend", rngs=rngs)
-    prefix = _prefix(prompt, *read)
+    prefix = Prefix(*read, prompt.mask.sum(axis=1))
     first = jnp.broadcast_to(prefix.last[:, None, None], (b, g, 1, prefix.last.shape[-1]))
     before = jnp.concatenate([first, hidden[:, :, :-1]], axis=2)
     head = model.apply(variables, method="head")

@@ -7,6 +7,7 @@ import pytest
 
 from ambijax import losses, policy
 from ambijax.model.layers import Segment, attention, low_rank
+from ambijax.packing import packing
 from tests import small
 
 T = 6
@@ -52,6 +53,42 @@ def test_a_kept_tower_output_is_that_of_the_live_tower(model, variables):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, kept_gradient)
     other = _loss_and_gradient(model, variables, prompt, given)[0]
     assert abs(float(loss) - float(other)) > 1e-4  # it does listen
+
+
+@pytest.mark.parametrize(("group", "packs"), [(3, False), (3, True), (5, True)])
+def test_the_last_layer_for_a_prompt_of_which_one_token_goes_on(model, variables, group, packs):
+    # Keys and values of the others must be there, and no gradient may be lost.
+    prompt, given = small.prompts(4), small.completions(4, group, T)
+    prompt = prompt.replace(tokens=np.pad(prompt.tokens, [(0, 0), (5, 9)]), mask=np.pad(prompt.mask, [(0, 0), (5, 9)]))
+    given = given.replace(mask=given.mask & (np.arange(T) < 2))
+    packed = packing(prompt.mask, given.mask, 1) if packs else None
+    if packs:  # five completions have more slots than all tokens together need, so that all stay packed
+        assert (packed.slots.size > 4 + given.mask.size) == (group == 3)
+    last = prompt.mask.shape[1] - 1 - np.argmax(prompt.mask[:, ::-1], axis=1)
+
+    def forward(lora, narrow):
+        def run(m):
+            blocks = [m._prompt(prompt.tokens, prompt.mask, prompt.audio)]
+            start = prompt.mask.sum(1)[:, None, None]
+            blocks.append(m._block(given.tokens, start + np.arange(T) + np.zeros_like(given.tokens), given.mask))
+            if narrow:
+                return m.language_model(blocks, packing=packed, last=last)
+            (hidden, past), own = m.language_model(blocks)
+            return [(hidden[np.arange(4), :, last][:, :, None], past), own]
+
+        return model.apply({"params": variables["params"], "lora": lora}, method=run)
+
+    def loss(lora, narrow):
+        (prompt_hidden, past), (hidden, own) = forward(lora, narrow)
+        hidden = jnp.where(given.mask[..., None], hidden, 0)
+        kept = [jnp.where(p.mask[:, None, :, :, None], z, 0) for p in (past, own) for z in (p.k, p.v)]
+        out = (prompt_hidden, hidden, kept)
+        return sum(jnp.mean(jnp.sin(3 * z)) for z in jax.tree.leaves(out)), out
+
+    results = [jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)(variables["lora"], n) for n in (0, 1)]
+    (_, gradient), (_, _) = results
+    assert all(np.abs(g[-1]).max() > 1e-4 for g in jax.tree.leaves(gradient))  # those of the last layer, too
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *results)
 
 
 def test_decoding_layer_by_layer_equals_the_scan(model, variables):

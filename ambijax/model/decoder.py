@@ -119,6 +119,7 @@ class DecoderLayer(nn.Module):
         turn: tuple,
         masks: tuple,
         packing: Packing | None = None,
+        last: jax.Array | None = None,
     ):
         """Several blocks at once: one product with each matrix, however many blocks there are.
 
@@ -130,34 +131,40 @@ class DecoderLayer(nn.Module):
           masks: for each block its mask [B, G, T] and which of its tokens see which [B, G, T, T]. What is one sequence
             to a prompt (G = 1) is seen by the blocks after it.
           packing: how x is packed.
+          last: int32 [B], the only token of the first block that leaves the layer, see `_leaving`; nothing packed does.
 
         Returns:
           x, and each block's keys and values [B, K, G, T, D].
         """
-        projected = self.project(x, turn)
-        if packing is not None:
-            projected = tuple(packing.unpack(z, len(masks[0][0])) for z in projected)
-        segments = [p.segment(*kv) for p, kv in zip(past, past_kv, strict=True)]
-        attended, new, start = [], [], 0
-        for mask, causal in masks:
-            b, g, t = mask.shape
-            q, k, v = (z[:, start : start + g * t].reshape(b, g, t, *z.shape[2:]) for z in projected)
-            k, v = _heads_first(k), _heads_first(v)
-            y = attention(q, [*segments, Segment(k, v, causal, causal=True)], self.attention)
-            attended.append(y.reshape(b, g * t, -1))
-            if g == 1:
-                segments.append(Segment(k[:, :, 0], v[:, :, 0], mask[:, :, None]))
-            new.append((k, v))
-            start += g * t
-        attended = jnp.concatenate(attended, axis=1)
-        return self.close(x, attended if packing is None else packing.pack(attended)), tuple(new)
-
-    def project(self, x: jax.Array, turn: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[..., hidden] to rotated queries and keys, and values, [..., heads, D] each."""
+        b, heads = len(masks[0][0]), lambda z: z.reshape(*z.shape[:-1], -1, self.config.head_dim)
         y = self.input_layernorm(x)
-        q, k, v = self.q_proj(y), self.k_proj(y), self.v_proj(y)
-        q, k, v = (z.reshape(*z.shape[:-1], -1, self.config.head_dim) for z in (q, k, v))
-        return rope(q, turn), rope(k, turn), v
+        k, v = rope(heads(self.k_proj(y)), turn), heads(self.v_proj(y))
+        if packing is not None:
+            k, v = packing.unpack(k, b), packing.unpack(v, b)
+        if last is not None:
+            x, y, turn = jax.tree.map(lambda z: _leaving(z, packing, last, masks[0][0].shape[2]), (x, y, turn))
+            packing, masks = None, (_seen_by(last, *masks[0]), *masks[1:])
+        q = rope(heads(self.q_proj(y)), turn)
+        q = q if packing is None else packing.unpack(q, b)
+        attended, new = self._attend(q, k, v, [p.segment(*kv) for p, kv in zip(past, past_kv, strict=True)], masks)
+        return self.close(x, attended if packing is None else packing.pack(attended)), new
+
+    def _attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, segments: list[Segment], masks: tuple
+    ) -> tuple[jax.Array, tuple]:
+        """[B, N, heads, D] each to [B, N, heads D], and each block's keys and values."""
+        attended, new, at, start = [], [], 0, 0
+        for mask, causal in masks:
+            (b, g, t), queries = mask.shape, causal.shape[2]
+            own_q = q[:, at : at + g * queries].reshape(b, g, queries, *q.shape[2:])
+            own_k, own_v = (_heads_first(z[:, start : start + g * t].reshape(b, g, t, *z.shape[2:])) for z in (k, v))
+            y = attention(own_q, [*segments, Segment(own_k, own_v, causal, causal=True)], self.attention)
+            attended.append(y.reshape(b, g * queries, -1))
+            if g == 1:
+                segments = [*segments, Segment(own_k[:, :, 0], own_v[:, :, 0], mask[:, :, None])]
+            new.append((own_k, own_v))
+            at, start = at + g * queries, start + g * t
+        return jnp.concatenate(attended, axis=1), tuple(new)
 
     def close(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """What follows attention: the residual x [..., hidden], and [..., H D] from attention."""
@@ -196,7 +203,11 @@ class Decoder(nn.Module):
         return self.embed_tokens.embedding[tokens].astype(dtype)
 
     def __call__(
-        self, blocks: Sequence[Block], past: tuple[Past, ...] = (), packing: Packing | None = None
+        self,
+        blocks: Sequence[Block],
+        past: tuple[Past, ...] = (),
+        packing: Packing | None = None,
+        last: jax.Array | None = None,
     ) -> list[tuple[jax.Array, Past]]:
         """Runs all layers over new tokens.
 
@@ -204,10 +215,12 @@ class Decoder(nn.Module):
           blocks: computed together. Each attends causally to itself, to `past`, and to the blocks before it, which are
             of one sequence to a prompt: a prompt, then its completions.
           past: earlier tokens of the same sequences.
-          packing: leaves the blocks' padding out wherever tokens do not meet; what is returned for padding is zero.
+          packing: leaves the blocks' padding out wherever tokens do not meet.
+          last: int32 [B], the only token of the first block whose hidden state is asked for; without `past`.
 
         Returns:
-          for each block its normalised hidden states [B, G, T, hidden], and its tokens as a `Past` with a G axis.
+          for each block its normalised hidden states [B, G, T, hidden], T = 1 for the first if `last` is given, and its
+          tokens as a `Past` with a G axis.
         """
         flat = lambda z: z.reshape(len(z), -1, *z.shape[3:])  # noqa: E731  [B, G, T, ...] to [B, G T, ...]
         x = jnp.concatenate([flat(block.x) for block in blocks], axis=1)
@@ -215,16 +228,56 @@ class Decoder(nn.Module):
         masks = tuple((block.mask, _causal(block.mask)) for block in blocks)
         if packing is not None:
             x, positions = packing.pack(x), packing.pack(positions)
-        by_layer, turn = tuple((p.k, p.v) for p in past), self.turn(positions)
-        x, new = self.layers(sharding.constrain_batch(x), by_layer, past, turn, masks, packing)
+        x, turn = sharding.constrain_batch(x), self.turn(positions)
+        if last is None:
+            x, new = self.layers(x, tuple((p.k, p.v) for p in past), past, turn, masks, packing)
+        else:
+            x, new = self._to_last(x, turn, masks, packing, last)
         x, start, results = self.norm(x), 0, []
-        if packing is not None:
+        if packing is not None and last is None:
             x = packing.unpack(x, len(blocks[0].x))
-        for block, (k, v) in zip(blocks, new, strict=True):
-            size = block.mask[0].size
-            results.append((x[:, start : start + size].reshape(block.x.shape), Past(k, v, block.mask)))
-            start += size
+        for i, (block, (k, v)) in enumerate(zip(blocks, new, strict=True)):
+            b, g, t = block.mask.shape
+            t = t if last is None or i > 0 else 1
+            results.append((x[:, start : start + g * t].reshape(b, g, t, -1), Past(k, v, block.mask)))
+            start += g * t
         return results
+
+    def _to_last(
+        self, x: jax.Array, turn: tuple, masks: tuple, packing: Packing | None, last: jax.Array
+    ) -> tuple[jax.Array, tuple]:
+        """`self.layers` where only `last` leaves the first block, and the last layer computes nothing else.
+
+        The layers before it read their weights by number out of the whole stack: the stack without its last layer, as
+        a scan over weights would want it, is a copy of the model.
+        """
+        stacks, count = self.layers.variables, self.config.num_hidden_layers
+        layer = DecoderLayer(self.config, self.lora, self.weights, self.attention, parent=None)
+        keys = jax.random.split(self.make_rng("dropout"), count) if self.has_rng("dropout") else None
+        adapters = {name: stack for name, stack in stacks.items() if name != "params"}
+        numbered = (jnp.arange(count), adapters, keys)
+
+        def run(x: jax.Array, turn: tuple, numbered: tuple, last: jax.Array | None) -> tuple[jax.Array, tuple]:
+            i, adapters, key = numbered
+            params = jax.tree.map(lambda z: jax.lax.dynamic_index_in_dim(z, i, keepdims=False), stacks["params"])
+            rngs = {} if key is None else {"dropout": key}
+            return layer.apply({"params": params} | adapters, x, (), (), turn, masks, packing, last, rngs=rngs)
+
+        one = jax.checkpoint(run, prevent_cse=False, policy=keep(self.remat))
+
+        def step(carry: tuple, numbered: tuple) -> tuple[tuple, tuple]:
+            x, new = one(carry[0], turn, numbered, None)
+            return (x, jax.lax.optimization_barrier(turn)), new
+
+        # Angles that leave the loop are an array. XLA on a CPU would take cos and sin again for every head.
+        (x, angles), new = jax.lax.scan(step, (x, turn), jax.tree.map(lambda z: z[:-1], numbered))
+        # Packed, all tokens together may be fewer than those that leave, which are not.
+        leaving = len(last) + sum(mask.size for mask, _ in masks[1:])
+        fewer = packing is None or leaving < packing.slots.size
+        final = jax.checkpoint(run, policy=keep(self.remat))
+        x, newest = final(x, angles, jax.tree.map(lambda z: z[-1], numbered), last if fewer else None)
+        x = x if fewer else _leaving(x, packing, last, masks[0][0].shape[2])
+        return x, jax.tree.map(lambda stack, z: jnp.concatenate([stack, z[None]]), new, newest)
 
     # In a loop over tokens, layers follow each other without a scan: a scan over stacked arrays would copy every
     # layer's weights and caches out of the stack for each token. `layers` are transposed, pasts are unstacked.
@@ -305,6 +358,18 @@ class Decoder(nn.Module):
 
 def _heads_first(z: jax.Array) -> jax.Array:
     return jnp.einsum("bgtkd->bkgtd", z)
+
+
+def _leaving(z: jax.Array, packing: Packing | None, last: jax.Array, size: int) -> jax.Array:
+    """Of blocks' tokens [B, N, ...] the one numbered `last` [B] of the first `size`, then those after them."""
+    z = z if packing is None else packing.unpack(z, len(last))
+    index = last.reshape(-1, *[1] * (z.ndim - 1))
+    return jnp.concatenate([jnp.take_along_axis(z[:, :size], index, axis=1), z[:, size:]], axis=1)
+
+
+def _seen_by(last: jax.Array, mask: jax.Array, causal: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A block's mask [B, G, T], and which of its tokens the one numbered `last` [B] sees: [B, G, 1, T]."""
+    return mask, jnp.take_along_axis(causal, last[:, None, None, None], axis=2)
 
 
 def _causal(mask: jax.Array) -> jax.Array:

@@ -36,7 +36,11 @@ def keep(remat: str) -> Callable[..., bool]:
     """
     if remat == "products_saveable":
         return jax.checkpoint_policies.save_only_these_names(PRODUCT)
-    return getattr(jax.checkpoint_policies, remat)
+    policy = getattr(jax.checkpoint_policies, remat)
+    # A layer's weights, read out of a stack, are never kept: together they would be the stack a second time.
+    return lambda primitive, *args, **kwargs: (
+        primitive is not jax.lax.dynamic_slice_p and policy(primitive, *args, **kwargs)
+    )
 
 
 class Dense(nn.Module):
@@ -207,13 +211,13 @@ def attention(q: jax.Array, segments: Sequence[Segment], implementation: str = "
     Args:
       q: [B, G, T, H, D], already rotated.
       segments: at least one.
-      implementation: 'xla', or the fused kernel that sequences attend to themselves by (kernels.py).
+      implementation: 'xla', or the fused kernel that whole sequences attend to themselves by (kernels.py).
 
     Returns:
       [B, G, T, H, D] in q's dtype; scores and softmax are float32.
     """
     b, g, t, h, d = q.shape
-    if implementation != "xla" and len(segments) == 1:
+    if implementation != "xla" and len(segments) == 1 and segments[0].k.shape[-2] == t:
         return checkpoint_name(_fused(q, segments[0], kernels.KERNELS[implementation]), PRODUCT)
     kv_heads = segments[0].k.shape[1]
     # Batch axes first, and the rows that share keys side by side: one large product for a shared segment.

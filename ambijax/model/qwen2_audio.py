@@ -51,9 +51,9 @@ class Qwen2Audio(nn.Module):
           audio: [B, A, hidden].
 
         Returns:
-          hidden states [B, P, hidden]; the prompt as a past that a group can share.
+          the hidden state of each prompt's last token [B, hidden]; the prompt as a past that a group can share.
         """
-        return _shared(*self.language_model([self._prompt(tokens, mask, audio)])[0])
+        return _shared(*self.language_model([self._prompt(tokens, mask, audio)], last=_last(mask))[0])
 
     def extend(
         self, tokens: jax.Array, positions: jax.Array, mask: jax.Array, past: tuple[Past, ...]
@@ -74,7 +74,7 @@ class Qwen2Audio(nn.Module):
         start = mask.sum(axis=1)[:, None, None]
         positions = start + jnp.broadcast_to(jnp.arange(completions.shape[2]), completions.shape)
         blocks = [self._prompt(tokens, mask, audio), self._block(completions, positions, exist)]
-        prompt, own = self.language_model(blocks, packing=packing)
+        prompt, own = self.language_model(blocks, packing=packing, last=_last(mask))
         return _shared(*prompt), own
 
     def decode(
@@ -118,13 +118,18 @@ class Qwen2Audio(nn.Module):
 
     def __call__(self, mel: jax.Array, frames: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Plain forward pass to logits [B, P, vocabulary]: for initialisation and parity tests, not for training."""
-        hidden, _ = self.prefill(tokens, mask, self.encode(mel, frames))
-        return jnp.matmul(hidden, self.head().astype(self.dtype), preferred_element_type=jnp.float32)
+        [(hidden, _)] = self.language_model([self._prompt(tokens, mask, self.encode(mel, frames))])
+        return jnp.matmul(hidden[:, 0], self.head().astype(self.dtype), preferred_element_type=jnp.float32)
+
+
+def _last(mask: jax.Array) -> jax.Array:
+    """Which of the tokens [B, P] is each prompt's last, [B]."""
+    return mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
 
 
 def _shared(hidden: jax.Array, past: Past) -> tuple[jax.Array, Past]:
-    """A block of one sequence to a prompt, without its G axis."""
-    return hidden[:, 0], Past(past.k[:, :, :, 0], past.v[:, :, :, 0], past.mask[:, 0])
+    """A prompt's one hidden state, and the prompt without its G axis."""
+    return hidden[:, 0, 0], Past(past.k[:, :, :, 0], past.v[:, :, :, 0], past.mask[:, 0])
 
 
 def init(model: Qwen2Audio, key: jax.Array) -> dict:
