@@ -170,11 +170,9 @@ def _arguments() -> argparse.Namespace:
         parser.error(f"--rows: {', '.join(sorted(unknown))} is none of {', '.join(ROWS)}")
     if args.together:  # these first: training changes the adapters, each side's in its own way
         args.rows.sort(key=lambda row: row not in COMPARED)
-    kinds = {field.name: type(getattr(shapes.PRESETS["small"], field.name)) for field in dataclasses.fields(Shape)}
     try:
-        changes = dict(change.split("=") for change in args.set)
-        args.set = {name: kinds[name](value) for name, value in changes.items()}
-    except (ValueError, KeyError) as error:
+        args.set = shapes.changes(args.set)
+    except ValueError as error:
         parser.error(f"--set: {error}")
     return args
 

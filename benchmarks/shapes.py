@@ -109,9 +109,26 @@ PRESETS = {
     "7b": Shape(
         **{"hidden": 4096, "mlp": 11_008, "layers": 32, "heads": 32, "vocabulary": 156_032, "dtype": "bfloat16"},
         **{"tower": 1280, "tower_mlp": 5120, "tower_layers": 32, "tower_heads": 20},
-        **{"new_tokens": 256, "completion": 256, "reference_checkpointing": True, "decoding": "triton", "chunk": 128},
+        **{
+            "new_tokens": 256,
+            "completion": 256,
+            "reference_checkpointing": True,
+            "decoding": "triton",
+            "chunk": 128,
+            "micro_batch": 1,
+        },
     ),
 }
+
+
+def changes(given: list[str]) -> dict[str, object]:
+    """'field=value' strings as a shape's fields and their values."""
+    kinds = {field.name: type(getattr(PRESETS["small"], field.name)) for field in dataclasses.fields(Shape)}
+    pairs = dict(change.split("=") for change in given)
+    if unknown := pairs.keys() - kinds.keys():
+        raise ValueError(f"{', '.join(sorted(unknown))} is no field of a shape")
+    return {name: kinds[name](value) for name, value in pairs.items()}
+
 
 # A ratio that holds for one shape only does not count: the ends of what the task uses, one field at a time.
 SWEEP = (

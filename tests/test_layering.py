@@ -25,7 +25,7 @@ LAYERS = [
     ["rules", "model.config"],
     ["model.kernels"],
     ["model.layers"],
-    ["model.encoder", "model.transposed"],
+    ["model.encoder", "model.transposed", "model.decode_kernel"],
     ["model.decoder"],
     ["model.qwen2_audio"],
     ["hugging_face"],
