@@ -1,6 +1,7 @@
 """Settings -> the things a command needs before its first step: mesh, model, tokenizer, weights, data."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ambijax.agent import Setting
 from ambijax.corpora import synthetic
 from ambijax.errors import ConfigError, DataError
 from ambijax.model import config as model_config
-from ambijax.model import decode_kernel, kernels, qwen2_audio
+from ambijax.model import kernels, qwen2_audio
 
 
 def setting(config: FrozenConfigDict) -> Setting:
@@ -57,9 +58,14 @@ def mesh(config: FrozenConfigDict, shape: model_config.Qwen2AudioConfig, devices
         needed = kernels.PLATFORMS.get(config.model[key], here)
         if needed != here:
             raise ConfigError(f"model.{key}={config.model[key]!r} runs on a {needed}, not on a {here}; use 'xla'")
-    if config.model.decoding == "triton" and text.head_dim not in decode_kernel.WIDTHS:
-        widths = ", ".join(map(str, decode_kernel.WIDTHS))
-        raise ConfigError(f"model.decoding='triton' needs heads of width {widths}, not {text.head_dim}; use 'xla'")
+    if config.model.decoding == "triton":
+        if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+            raise ConfigError(
+                f"model.decoding='triton' needs Pallas' Triton, which jax {jax.__version__} lacks; use 'xla'"
+            )
+        if text.head_dim not in kernels.WIDTHS:
+            widths = ", ".join(map(str, kernels.WIDTHS))
+            raise ConfigError(f"model.decoding='triton' needs heads of width {widths}, not {text.head_dim}; use 'xla'")
     return made
 
 

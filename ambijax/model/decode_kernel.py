@@ -6,7 +6,7 @@ prompt, whose keys are read once; in the second each sequence looks at its own t
 not read, so that caches need not grow in stages.
 
     B prompts   G sequences of one prompt   P prompt tokens   N slots of a completion
-    K key-value heads   R query heads to each   D head width, one of WIDTHS
+    K key-value heads   R query heads to each   D head width, one of kernels.WIDTHS
 """
 
 import functools
@@ -19,7 +19,6 @@ from jax.experimental.pallas import triton
 from ambijax import sharding
 from ambijax.model.layers import MASKED
 
-WIDTHS = (32, 64, 128, 256)  # powers of two, of whose halves matrix units make products
 _BLOCK = 64  # keys that are looked at together
 _COLUMNS = 16  # sequences in a product of matrix units, at least
 

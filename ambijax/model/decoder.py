@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from ambijax import sharding
-from ambijax.model import decode_kernel
 from ambijax.model.config import LoraConfig, TextConfig
 from ambijax.model.layers import (
     ACTIVATIONS,
@@ -180,7 +179,7 @@ class Decoder(nn.Module):
     lora: LoraConfig | None
     weights: str
     attention: str
-    decoding: str  # xla, or triton: attention of `decode` in one kernel
+    decoding: str  # xla, or triton: attention of `decode` by decode_kernel.py
     remat: str  # what a layer keeps for its backward pass, see `keep`
 
     def setup(self):
@@ -306,14 +305,16 @@ class Decoder(nn.Module):
             own.k[i], own.v[i] = put(own.k[i], k, slot), put(own.v[i], v, slot)
             return [p.segment(p.k[i], p.v[i]) for p in (prompt, own)]
 
-        def in_one_kernel(i: int, qkv: jax.Array) -> jax.Array:
+        def by_kernel(i: int, qkv: jax.Array) -> jax.Array:
+            from ambijax.model import decode_kernel  # needs what a later JAX may not have, and few use it
+
             angles, caches = tuple(z[:, 0, 0, 0] for z in turn), (own.k[i], own.v[i])
             read = (prompt.k[i], prompt.v[i], prompt.mask)
             attended, (own.k[i], own.v[i]) = decode_kernel.attend(qkv[..., 0], angles, read, caches, slot)
             return attended.reshape(-1, *qkv.shape[3:])
 
         by_parts = functools.partial(self._attend, turn, segments)
-        hidden = self._layer_by_layer(x, layers, in_one_kernel if self.decoding == "triton" else by_parts)
+        hidden = self._layer_by_layer(x, layers, by_kernel if self.decoding == "triton" else by_parts)
         return hidden, own.replace(k=tuple(own.k), v=tuple(own.v))
 
     def peek(self, block: Block, past: tuple[Past, ...], layers: tuple[TransposedLayer, ...]) -> jax.Array:

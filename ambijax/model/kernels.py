@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ambijax import sharding
 
 PLATFORMS = {"cudnn": "gpu", "splash": "tpu", "triton": "gpu"}  # where each runs; triton is decode_kernel.py
+WIDTHS = (32, 64, 128, 256)  # of heads for triton: powers of two, of whose halves matrix units make products
 _LANES = 128  # of a TPU; the length of a sequence must be a multiple
 
 

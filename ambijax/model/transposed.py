@@ -3,7 +3,7 @@
 A decoding step multiplies every weight with a few columns, one for each sequence. A matrix on the left, with rows as
 long as its input, is read once and as it lies; on the right, a CPU would rearrange it for every token (docs/log.md). So
 activations are columns here, their feature axis first. Matrices that read the same input stand side by side: a layer is
-four products, and two narrow ones each for the adapters.
+four products, and two narrow ones each for the adapters, or one that both share (`Joined`).
 
     N outputs   D inputs   r rank of the adapters, together   B prompts   G sequences of one prompt   T new tokens
 """
@@ -93,7 +93,7 @@ def _joined(matrix: jax.Array | Transposed) -> jax.Array | Transposed | Joined:
     if not isinstance(matrix, Transposed) or matrix.a is None or matrix.scale is not None:
         return matrix  # a norm's scale, a matrix without adapters, or one in int8
     rows = matrix.weight.reshape(-1, matrix.weight.shape[-1])
-    return Joined(jnp.concatenate([rows, matrix.a]), matrix.bias, jnp.moveaxis(matrix.b, -1, 0))
+    return Joined(jnp.concatenate([rows.astype(matrix.a.dtype), matrix.a]), matrix.bias, jnp.moveaxis(matrix.b, -1, 0))
 
 
 def _layer(variables: dict, c: TextConfig) -> TransposedLayer:
