@@ -14,7 +14,7 @@ import pytest
 from ambijax import assemble, policy, rules, sharding
 from ambijax.errors import ConfigError
 from ambijax.model import config as model_config
-from ambijax.model import decode_kernel
+from ambijax.model import decode_kernel, kernels
 from ambijax.model.layers import Segment, attention, rope, rotation
 from tests import small, trained
 from tests.test_kernels import _config
@@ -85,3 +85,18 @@ def test_what_the_kernel_cannot_is_refused():
         ),
     ):
         assert rules.problems(config | {"model": config["model"] | changes}) == [said]
+
+
+def test_a_head_or_a_jax_that_the_kernel_cannot_use_is_refused(monkeypatch):
+    config, shape = _config(decoding="triton"), model_config.load(trained.TINY)
+    monkeypatch.setitem(kernels.PLATFORMS, "triton", "cpu")
+    assemble.mesh(config, shape)
+    monkeypatch.setattr(kernels, "WIDTHS", (16, 128))
+    said = rf"^model.decoding='triton' needs heads of width 16, 128, not {shape.text.head_dim}; use 'xla'$"
+    with pytest.raises(ConfigError, match=said):
+        assemble.mesh(config, shape)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"^model.decoding='triton' needs Pallas' Triton, which jax \S+ lacks; use 'xla'$"
+    ):
+        assemble.mesh(config, shape)
