@@ -152,12 +152,11 @@ class _Writer(NamedTuple):
     turn: tuple[jax.Array, jax.Array]  # rope's angles of every completion token, [B, 1, N, 1, D / 2] each
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[B, G, D] -> float32 [B, G, V]."""
+        """[B, G, D] -> float32 [V, B, G]."""
         head = self.head.astype(hidden.dtype)
         by_word = jnp.einsum("vd,bgd->vbg", head, hidden, preferred_element_type=jnp.float32)
-        # Between barriers the product stays as it is written, where XLA would put its operands back in order, and is
-        # turned around once, where XLA would do so for each that reads it.
-        return jax.lax.optimization_barrier(jnp.einsum("vbg->bgv", jax.lax.optimization_barrier(by_word)))
+        # Before a barrier the product stays as it is written, where XLA would put its operands back in order.
+        return jax.lax.optimization_barrier(by_word)
 
     def decode(self, token: jax.Array, t: jax.Array, own: Past) -> tuple[jax.Array, Past]:
         """Token t [B, G] to the hidden state [B, G, D] that predicts the next, and `own` with it."""
@@ -251,7 +250,7 @@ def _writer(
         model=model,
         variables=variables,
         layers=transposed_layers(variables, model.config.text, model.lora, model.dtype, joined),
-        prefix=prefix._replace(past=prefix.past.unstacked(model.cache)),
+        prefix=prefix._replace(past=prefix.past.unstacked(model.cache, by_channel=model.decoding == "xla")),
         head=model.apply(variables, method="head").T,
         tokens=tokens,
         ends_line=ends_line,
@@ -260,12 +259,13 @@ def _writer(
 
 
 def _append(w: _Writer, s: _Decoding, logits: jax.Array, token: jax.Array, logp: jax.Array) -> _Decoding:
-    """Writes token t [B, G], drawn from `logits` [B, G, V], and computes the hidden state that predicts the next."""
+    """Writes token t [B, G], drawn from `logits` [V, B, G], and computes the hidden state that predicts the next."""
     just_anchored = (s.anchor == s.t - 1) & (s.anchor >= 0)
     token = jnp.where(s.done, w.tokens.pad, token)
     recent = jnp.concatenate([s.recent[..., 1:], token[..., None]], axis=-1)
     anchored = jnp.all(recent[..., 1:] == jnp.array(w.tokens.anchor), axis=-1) & w.ends_line[recent[..., 0]]
     hidden, own = w.decode(token, s.t, s.own)
+    class_logits = jnp.moveaxis(logits[jnp.array(w.tokens.classes)], 0, -1)
     return _Decoding(
         t=s.t + 1,
         hidden=hidden,
@@ -275,7 +275,7 @@ def _append(w: _Writer, s: _Decoding, logits: jax.Array, token: jax.Array, logp:
         done=s.done | (token == w.tokens.end),
         tokens=jax.lax.dynamic_update_index_in_dim(s.tokens, token, s.t, axis=2),
         logp=jax.lax.dynamic_update_index_in_dim(s.logp, jnp.where(s.done, 0.0, logp), s.t, axis=2),
-        readout=jnp.where(just_anchored[..., None], logits[..., jnp.array(w.tokens.classes)], s.readout),
+        readout=jnp.where(just_anchored[..., None], class_logits, s.readout),
     )
 
 
@@ -285,7 +285,7 @@ def _finish(w: _Writer, s: _Decoding) -> Rollout:
     class_ids = jnp.array(w.tokens.classes)
     own_anchor = s.anchor >= 0
     last_slot = (own_anchor & (s.anchor == s.t - 1))[..., None]  # no step followed that could keep its logits
-    class_logits = jnp.where(last_slot, w.logits(s.hidden)[..., class_ids], s.readout)
+    class_logits = jnp.where(last_slot, jnp.moveaxis(w.logits(s.hidden)[class_ids], 0, -1), s.readout)
     ended = jnp.any(s.tokens == w.tokens.end, axis=-1)
     length = jnp.where(ended, jnp.argmax(s.tokens == w.tokens.end, axis=-1), s.t)  # without the end token
 

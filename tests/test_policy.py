@@ -165,7 +165,7 @@ def test_a_draw_inverts_the_cumulative_distribution(vocabulary):
     first = np.cumsum(masses, axis=-1)[np.arange(50), block] - masses[np.arange(50), block] / 2
     share = np.array([row[256 * b : 256 * b + 256] / m[b] for row, m, b in zip(p, masses, block, strict=True)], object)
     second = np.array([np.cumsum(s)[w] - s[w] / 2 for s, w in zip(share, within, strict=True)])
-    token, log_sum = sampling.categorical(logits, np.stack([first, second], -1).astype(np.float32))
+    token, log_sum = sampling.categorical(logits.T, np.stack([first, second], -1).astype(np.float32))
     np.testing.assert_array_equal(token, 256 * block + within)
     np.testing.assert_allclose(log_sum, scipy.special.logsumexp(logits, axis=-1), rtol=1e-5)
 
@@ -175,7 +175,7 @@ def test_a_draw_at_the_edges_takes_no_impossible_word():
     logits = np.full((2, 600), -np.inf, np.float32)
     logits[:, 300:500] = np.random.default_rng(0).normal(size=(2, 200))
     u = np.array([[2.0**-24, 2.0**-24], [1.0, 1.0]], np.float32)
-    np.testing.assert_array_equal(sampling.categorical(logits, u)[0], [300, 499])
+    np.testing.assert_array_equal(sampling.categorical(logits.T, u)[0], [300, 499])
 
 
 def test_mask_ends_with_the_end_token(model, variables):

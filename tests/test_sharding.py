@@ -87,9 +87,9 @@ def test_drawing_a_token_gathers_no_logits(shape):
     # 156,032 words are 610 blocks of 256, which neither four nor eight devices can share.
     mesh, words = _mesh(shape), 156032
     rng = np.random.default_rng(0)
-    logits, u = rng.normal(size=(4, 2, words)).astype(np.float32), rng.uniform(0.01, 1, (4, 2, 2)).astype(np.float32)
+    logits, u = rng.normal(size=(words, 4, 2)).astype(np.float32), rng.uniform(0.01, 1, (4, 2, 2)).astype(np.float32)
     with jax.set_mesh(mesh):
-        placed = jax.device_put(logits, NamedSharding(mesh, PartitionSpec("fsdp", None, "tensor")))
+        placed = jax.device_put(logits, NamedSharding(mesh, PartitionSpec("tensor", "fsdp")))
         draw = jax.jit(sampling.categorical).lower(placed, sharding.place(u, mesh)).compile()
         tokens, _ = draw(placed, sharding.place(u, mesh))
     gathered = [c.payload for c in cost.Compiled(draw.as_text()).collectives() if c.kind == "all-gather"]

@@ -41,20 +41,26 @@ class Past:
     k, v: [L, B, K, S, D] when shared by the group, else [L, B, K, G, S, D], rotated; for `decode` a tuple of L arrays.
       In place of each array may stand a pair: it in int8, and a scale for each token and head.
     mask: [B, S] or [B, G, S], True where the token exists.
+    by_channel: keys are [..., D, S].
     """
 
     k: jax.Array | tuple[jax.Array, ...]
     v: jax.Array | tuple[jax.Array, ...]
     mask: jax.Array
+    by_channel: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def shared(self) -> bool:
         return self.mask.ndim == 2
 
-    def unstacked(self, cache: str) -> "Past":
-        """With an array for each layer; if `cache` is 'int8', with a pair for each."""
+    def unstacked(self, cache: str, by_channel: bool = False) -> "Past":
+        """With an array for each layer; if `cache` is 'int8', with a pair for each.
+
+        A product of few queries with keys that a loop reads again and again wants them `by_channel`.
+        """
         layer = _rounded if cache == "int8" else jnp.asarray
-        return self.replace(k=tuple(map(layer, self.k)), v=tuple(map(layer, self.v)))
+        k, v = (tuple(map(layer, z)) for z in (self.k, self.v))
+        return self.replace(k=tuple(map(_turned, k)) if by_channel else k, v=v, by_channel=by_channel)
 
     def grown(self, slots: int) -> "Past":
         """Each sequence's own tokens (L arrays) with empty room after them, up to `slots`."""
@@ -67,12 +73,18 @@ class Past:
 
     def segment(self, k: jax.Array, v: jax.Array) -> Segment:
         """One layer's keys and values (self.k[i], self.v[i]) as an attention segment."""
+        k = _turned(k) if self.by_channel else k
         k, v = (z[0] * z[1][..., None] if isinstance(z, tuple) else z for z in (k, v))
         return Segment(k, v, self.mask[:, None, None] if self.shared else self.mask[:, :, None])
 
 
 def _rounded(z: jax.Array) -> tuple[jax.Array, jax.Array]:
     return quantize(z, axis=-1)
+
+
+def _turned(k: jax.Array | tuple) -> jax.Array | tuple:
+    """A layer's keys [..., S, D] by channel, or back."""
+    return (_turned(k[0]), k[1]) if isinstance(k, tuple) else jnp.swapaxes(k, -1, -2)
 
 
 def put(cache: jax.Array | tuple, new: jax.Array, slot: jax.Array) -> jax.Array | tuple:
