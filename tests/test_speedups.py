@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ambijax import losses, policy
-from ambijax.model.layers import Segment, attention, low_rank
+from ambijax.model import lora
+from ambijax.model.layers import Segment, attention
 from ambijax.packing import packing
 from tests import small
 
@@ -111,14 +112,23 @@ def test_decoding_layer_by_layer_equals_the_scan(model, variables):
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 4, 5)])
-def test_gradients_of_the_adapters_product(shape):
+def test_gradients_of_an_adapters_products(shape):
     rng = np.random.default_rng(0)
-    x, a, b = (rng.normal(size=s).astype(np.float32) for s in (shape, (5, 2), (2, 9)))
+    x, w, a, b = (rng.normal(size=s).astype(np.float32) for s in (shape, (5, 9), (5, 2), (2, 9)))
     by_y = rng.normal(size=(*shape[:-1], 9)).astype(np.float32)
-    ours = jax.vjp(low_rank, x, a, b)[1](by_y)
-    plain = jax.vjp(lambda x, a, b: x @ a @ b, x, a, b)[1](by_y)
-    for one, other in zip(ours, plain, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5)
+    plain, back = jax.vjp(lambda x, w, a, b: x @ w + x @ a @ b, x, w, a, b)
+    for ours in (lora.merged, lambda x, w, a, b: x @ w + lora.apart(x, a, b)):
+        y, gradients = jax.vjp(ours, x, w, a, b)
+        np.testing.assert_allclose(y, plain, atol=1e-5)
+        for one, other in zip(gradients(by_y), back(by_y), strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def test_adapters_merge_where_nothing_is_lost(monkeypatch):
+    assert lora.merges(jnp.float32)
+    assert not lora.merges(jnp.bfloat16)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not lora.merges(jnp.float32)
 
 
 def _plain_attention(q, segments):

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ambijax.model import kernels
+from ambijax.model import kernels, lora
 from ambijax.model.config import LoraConfig
+from ambijax.model.lora import PRODUCT
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -22,8 +23,6 @@ ACTIVATIONS = {
     "relu": nn.relu,
     "silu": nn.silu,
 }
-
-PRODUCT = "product"  # names what `keep` keeps
 
 MASKED = -1e30  # finite, so that a query whose keys are all masked (padding) stays finite
 
@@ -60,35 +59,38 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (x.shape[-1], self.features)
+        shape, scale = (x.shape[-1], self.features), None
         if self.int8:
             kernel = self.param("kernel", nn.initializers.zeros_init(), shape, jnp.int8)
             scale = self.param("scale", nn.initializers.ones_init(), shape[1:])
-            y = (x @ kernel.astype(x.dtype)) * scale.astype(x.dtype)
         else:
             kernel = self.param("kernel", nn.initializers.normal(0.02), shape)
-            y = x @ kernel.astype(x.dtype)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-            y += bias.astype(x.dtype)
-        if self.lora is not None and (self.has_variable("lora", "a") or self.is_initializing()):
-            y += self._adapter(x)
-        return checkpoint_name(y, PRODUCT)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape[1:]) if self.use_bias else None
+        y = self._product(x, kernel.astype(x.dtype), scale)
+        return checkpoint_name(y if bias is None else y + bias.astype(x.dtype), PRODUCT)
 
-    def _adapter(self, x: jax.Array) -> jax.Array:
+    def _product(self, x: jax.Array, kernel: jax.Array, scale: jax.Array | None) -> jax.Array:
+        """x W, and what the adapter adds to it."""
+        plain = lambda: x @ kernel if scale is None else (x @ kernel) * scale.astype(x.dtype)  # noqa: E731
+        if self.lora is None or not (self.has_variable("lora", "a") or self.is_initializing()):
+            return plain()
+        a, b = self._adapter(x)
+        drops = self.lora.dropout > 0 and self.has_rng("dropout")
+        if lora.merges(x.dtype) and scale is None and not drops:
+            return lora.merged(x, kernel, a, self.lora.scale * b)
+        return plain() + self.lora.scale * lora.apart(Dropout(self.lora.dropout)(x) if drops else x, a, b)
+
+    def _adapter(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A [in, r] and B [r, out]. PEFT's default: A uniform in +-1/sqrt(in), B zero: the start is the base model."""
         fan_in, rank = x.shape[-1], self.lora.rank
-        # PEFT's default: A uniform in +-1/sqrt(fan_in), B zero, so that training starts from the base model.
-        a = self.variable(
-            "lora",
-            "a",
-            lambda: jax.random.uniform(
-                self.make_rng("params"), (fan_in, rank), minval=-(fan_in**-0.5), maxval=fan_in**-0.5
-            ),
-        ).value
+
+        def uniform() -> jax.Array:
+            key = self.make_rng("params")
+            return jax.random.uniform(key, (fan_in, rank), minval=-(fan_in**-0.5), maxval=fan_in**-0.5)
+
+        a = self.variable("lora", "a", uniform).value
         b = self.variable("lora", "b", lambda: jnp.zeros((rank, self.features))).value
-        if self.lora.dropout > 0 and self.has_rng("dropout"):
-            x = Dropout(self.lora.dropout)(x)
-        return self.lora.scale * low_rank(x, a.astype(x.dtype), b.astype(x.dtype))
+        return a.astype(x.dtype), b.astype(x.dtype)
 
 
 class Dropout(nn.Module):
@@ -114,32 +116,6 @@ def quantize(x: jax.Array, axis: int = -2) -> tuple[jax.Array, jax.Array]:
     scale = (jnp.where(largest > 0, largest, 1.0) / 127).astype(x.dtype)
     steps = jnp.round(x.astype(jnp.float32) / jnp.expand_dims(scale, axis).astype(jnp.float32))
     return jnp.clip(steps, -127, 127).astype(jnp.int8), scale
-
-
-@jax.custom_vjp
-def low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """x A B with x [..., D], A [D, r], B [r, F].
-
-    Its gradient is written out because of the order of the operands: left to itself, XLA on a CPU turns around the
-    matrices with a row a token, [rows, D] and [rows, F], instead of those of r columns (docs/log.md).
-    """
-    return (x @ a) @ b
-
-
-def _low_rank_forward(x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple]:
-    narrow = checkpoint_name(x @ a, PRODUCT)
-    return narrow @ b, (x, a, b, narrow)
-
-
-def _low_rank_backward(saved: tuple, by_y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, a, b, narrow = saved
-    rows = tuple(range(x.ndim - 1))
-    over_rows = lambda y, z: jax.lax.dot_general(y, z, ((rows, rows), ((), ())))  # noqa: E731
-    by_narrow = by_y @ b.T
-    return by_narrow @ a.T, over_rows(by_narrow, x).T, over_rows(narrow, by_y)
-
-
-low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 class RMSNorm(nn.Module):

@@ -3,7 +3,7 @@
 A decoding step multiplies every weight with a few columns, one for each sequence. A matrix on the left, with rows as
 long as its input, is read once and as it lies; on the right, a CPU would rearrange it for every token (docs/log.md). So
 activations are columns here, their feature axis first. Matrices that read the same input stand side by side: a layer is
-four products, and two narrow ones each for the adapters, or one that both share (`Joined`).
+four products, and two narrow ones each for the adapters, one that both share (`Joined`), or none (`_merged`).
 
     N outputs   D inputs   r rank of the adapters, together   B prompts   G sequences of one prompt   T new tokens
 """
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ambijax.model.config import LoraConfig, TextConfig
+from ambijax.model.lora import merges
 
 
 class Transposed(NamedTuple):
@@ -77,8 +78,8 @@ def transposed_layers(
 ) -> tuple[TransposedLayer, ...]:
     """Each decoder layer of `variables` ({'params', 'lora'} or {'params'}), in the order in which they run.
 
-    Adapters are float32 where they are trained; here they are in the activations' dtype, cast once. `joined` makes
-    `Joined` of matrices that can be.
+    Adapters are float32 where they are trained; here they are in the activations' dtype, cast once, or part of their
+    matrix where nothing is lost by that (`lora.merges`). `joined` makes `Joined` of matrices that can be.
     """
     stacked = {name: tree["language_model"]["layers"] for name, tree in variables.items() if "language_model" in tree}
     if "lora" in stacked:
@@ -86,12 +87,25 @@ def transposed_layers(
         stacked["lora"] = jax.tree.map_with_path(lambda path, x: ready[path[-1].key](x), stacked["lora"])
     count = len(jax.tree.leaves(stacked)[0])
     layers = tuple(_layer(jax.tree.map(lambda x, i=i: x[i], stacked), config) for i in range(count))
-    return jax.tree.map(_joined, layers, is_leaf=lambda x: isinstance(x, Transposed)) if joined else layers
+    together = _merged if merges(dtype) else _joined if joined else lambda matrix: matrix
+    return jax.tree.map(
+        lambda matrix: together(matrix) if _takes_adapters(matrix) else matrix,
+        layers,
+        is_leaf=lambda x: isinstance(x, Transposed),
+    )
 
 
-def _joined(matrix: jax.Array | Transposed) -> jax.Array | Transposed | Joined:
-    if not isinstance(matrix, Transposed) or matrix.a is None or matrix.scale is not None:
-        return matrix  # a norm's scale, a matrix without adapters, or one in int8
+def _takes_adapters(matrix: jax.Array | Transposed) -> bool:
+    """Not a norm's scale, a matrix without adapters, or one in int8."""
+    return isinstance(matrix, Transposed) and matrix.a is not None and matrix.scale is None
+
+
+def _merged(matrix: Transposed) -> Transposed:
+    weight = matrix.weight.astype(matrix.a.dtype) + jnp.tensordot(matrix.b, matrix.a, 1)
+    return matrix._replace(weight=weight, a=None, b=None)
+
+
+def _joined(matrix: Transposed) -> Joined:
     rows = matrix.weight.reshape(-1, matrix.weight.shape[-1])
     return Joined(jnp.concatenate([rows.astype(matrix.a.dtype), matrix.a]), matrix.bias, jnp.moveaxis(matrix.b, -1, 0))
 
