@@ -131,6 +131,26 @@ def test_adapters_merge_where_nothing_is_lost(monkeypatch):
     assert not lora.merges(jnp.float32)
 
 
+def test_adapters_beside_their_matrices_are_those_in_them(model, variables, monkeypatch):
+    # What other devices and dtypes compute, in training and in a roll-out.
+    def run(model):
+        rolled = policy.rollout(
+            *(model, variables, prompt, jax.random.key(0), small.ENDS_LINE),
+            **{"tokens": small.TOKENS, "samples": 3, "max_tokens": T, "temperature": 1.0},
+        )
+        return rolled, _loss_and_gradient(model, variables, prompt, small.completions(2, 3, T))
+
+    prompt = small.prompts(2)
+    merged = run(model)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    apart = run(model.clone(remat="everything_saveable"))  # another model, or jit takes what it has traced
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), apart, merged)
+    without = _loss_and_gradient(
+        model, variables | {"lora": jax.tree.map(jnp.zeros_like, variables["lora"])}, prompt, small.completions(2, 3, T)
+    )
+    assert abs(float(without[0] - merged[1][0])) > 1e-3  # the adapters do something
+
+
 def _plain_attention(q, segments):
     """Every sequence by itself over copied and joined keys; softmax and its gradient are jax's own."""
     g, r = q.shape[1], q.shape[3] // segments[0].k.shape[1]
