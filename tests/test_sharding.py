@@ -1,9 +1,12 @@
 """Every mesh gives what one device gives: losses, gradients and sampled tokens."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ambijax import cost, losses, optim, policy, sampling, sharding
@@ -95,6 +98,25 @@ def test_drawing_a_token_gathers_no_logits(shape):
     gathered = [c.payload for c in cost.Compiled(draw.as_text()).collectives() if c.kind == "all-gather"]
     assert sum(gathered) < logits.nbytes / 50, "the masses of the blocks, not the words in them"
     np.testing.assert_array_equal(tokens, jax.jit(sampling.categorical)(logits, u)[0])
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (1, 2, 4)])
+def test_a_words_log_probability_gathers_no_logits(shape):
+    # Whole, it is taken by its index; a vocabulary in parts would be gathered for that.
+    mesh = _mesh(shape)
+    rng = np.random.default_rng(0)
+    hidden, kernel = (rng.normal(size=size).astype(np.float32) for size in ((8, 3, 4, 32), (32, 1024)))
+    targets = rng.integers(0, 1024, (8, 3, 4)).astype(np.int32)
+    score = jax.jit(functools.partial(losses.token_log_probs, temperature=1.0, chunk=4))
+    with jax.set_mesh(mesh):
+        split = NamedSharding(mesh, PartitionSpec(None, "tensor"))
+        placed = (*sharding.place((hidden,), mesh), jax.device_put(kernel, split), sharding.place(targets, mesh))
+        compiled = score.lower(*placed).compile()
+        logp, _ = compiled(*placed)
+    moved = [c.payload for c in cost.Compiled(compiled.as_text()).collectives()]
+    assert sum(moved) < 4 * targets.size * 1024 / 50, "sums of rows, not the logits in them"
+    expected = scipy.special.log_softmax(hidden.astype(np.float64) @ kernel, axis=-1)
+    np.testing.assert_allclose(logp, np.take_along_axis(expected, targets[..., None], -1)[..., 0], atol=1e-4)
 
 
 def test_large_matrices_are_split_over_fsdp_and_tensor():
