@@ -20,7 +20,6 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from ambijax import sharding
 from ambijax.errors import ConfigError
 
 # exp(20) = 5e8: far outside every clipping range, and finite in float32 for a padding token or a
@@ -303,11 +302,7 @@ def _score(
     total = exp.sum(axis=-1)
     log_total = top[..., 0] + jnp.log(total)
     hit = jax.nn.one_hot(targets, kernel.shape[1], dtype=bool)
-    if sharding.split("vocab") == 1:
-        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    else:  # a sum over the vocabulary where it lies: an index into it would gather the logits
-        chosen = jnp.sum(jnp.where(hit, logits, 0), axis=-1)
-    logp = chosen - log_total
+    logp = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - log_total
     entropy = log_total - jnp.sum(exp * logits, axis=-1) / total
     by_logits = (hit - exp / total[..., None]) / temperature
     return logp.reshape(shape), entropy.reshape(shape), by_logits.reshape(*shape, -1)

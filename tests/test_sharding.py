@@ -102,7 +102,7 @@ def test_drawing_a_token_gathers_no_logits(shape):
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (1, 2, 4)])
 def test_a_words_log_probability_gathers_no_logits(shape):
-    # Whole, it is taken by its index; a vocabulary in parts would be gathered for that.
+    # It is taken by its index, also where the vocabulary is in parts.
     mesh = _mesh(shape)
     rng = np.random.default_rng(0)
     hidden, kernel = (rng.normal(size=size).astype(np.float32) for size in ((8, 3, 4, 32), (32, 1024)))
