@@ -111,6 +111,19 @@ def test_decoding_layer_by_layer_equals_the_scan(model, variables):
     np.testing.assert_allclose(np.where(own, rolled.logp, 0), np.where(own, scores.logp[..., :T], 0), atol=1e-4)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads the program that XLA makes for a CPU")
+def test_decoding_reads_the_prompts_keys_by_channel(model, variables):
+    # XLA puts them back in order where it can, and every token would pay for that.
+    program = policy.rollout.lower(
+        *(model, variables, small.prompts(2), jax.random.key(3), small.ENDS_LINE),
+        **{"tokens": small.TOKENS, "samples": 3, "max_tokens": T, "temperature": 1.0},
+    ).compile()
+    products = [line for line in program.as_text().splitlines() if " dot(" in line and "/while/body/" in line]
+    to_prompt = [line for line in products if "bkgrtd,bksd->bkgrts" in line]
+    assert len(to_prompt) == model.config.text.num_hidden_layers
+    assert all("rhs_contracting_dims={2}" in line for line in to_prompt)
+
+
 @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 4, 5)])
 def test_gradients_of_an_adapters_products(shape):
     rng = np.random.default_rng(0)

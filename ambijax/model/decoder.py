@@ -60,7 +60,10 @@ class Past:
         """
         layer = _rounded if cache == "int8" else jnp.asarray
         k, v = (tuple(map(layer, z)) for z in (self.k, self.v))
-        return self.replace(k=tuple(map(_turned, k)) if by_channel else k, v=v, by_channel=by_channel)
+        if by_channel:
+            # Behind a barrier, or XLA would undo this with what turns them back in `segment`.
+            k = jax.lax.optimization_barrier(tuple(map(_turned, k)))
+        return self.replace(k=k, v=v, by_channel=by_channel)
 
     def grown(self, slots: int) -> "Past":
         """Each sequence's own tokens (L arrays) with empty room after them, up to `slots`."""
