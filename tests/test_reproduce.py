@@ -42,16 +42,7 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
     return out
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> None:
-    """Programs are compiled once for all runs of this file."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-    yield
-    patch.undo()
-
-
-def test_a_release_and_weights_are_all_it_takes(tmp_path, compiled):
+def test_a_release_and_weights_are_all_it_takes(tmp_path):
     """docs/reproduce.md, command by command."""
     order = miniature.dialogs()
     codes = {
@@ -84,7 +75,7 @@ def test_a_release_and_weights_are_all_it_takes(tmp_path, compiled):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("predictions.jsonl")} == before
 
 
-def test_a_kill_in_the_middle_costs_what_was_running(tmp_path, compiled):
+def test_a_kill_in_the_middle_costs_what_was_running(tmp_path):
     command = ["ambijax.tables", "--table=figure2", "--corpus=tiny", "--folds=1", f"--out={tmp_path / 'out'}"]
     command += [f"--config.data.root={tmp_path / 'corpus'}", "--config.data.speakers=5", "--config.steps=40"]
     command += ["--config.data.clips_per_speaker=4", "--config.data.batch_size=2", "--config.dpo.samples=2"]
