@@ -13,6 +13,7 @@ from ambijax import audio, compilation, data, kept, losses, policy
 from tests import small
 
 WINDOWS = (256, 1024, 3000)
+OURS = ("XLA_FLAGS", "JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")  # set by conftest.py, not by a user
 COUNT = """
 import jax
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -27,7 +28,7 @@ print(programs.compiled, programs.cached)
 def _count(**environment: str) -> tuple[list[int], str]:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", COUNT],
-        env={k: v for k, v in os.environ.items() if not k.startswith(("XLA_FLAGS", "JAX_"))} | environment,
+        env={k: v for k, v in os.environ.items() if not k.startswith(OURS)} | environment,
         capture_output=True,
         text=True,
         check=True,
