@@ -8,7 +8,7 @@
 Each row runs in two fresh processes, one a side, so that peak memory is that row's alone; `--together` loads a large
 model once for all rows. The sides take turns, one step each; a ratio is theirs / ours of two steps in succession. The
 first step (compilation) is reported apart, warm-up steps are dropped. Writes DIR/PRESET.json and DIR/PRESET.md; rows
-measured before stay in them, each with its commit.
+measured before stay in them, each with its commit and its machine.
 """
 
 import argparse
@@ -203,8 +203,9 @@ def main() -> None:
 
 
 def _with(results: list[dict], new: dict) -> list[dict]:
-    """In the order of ROWS, without an older result of the same."""
-    others = [r for r in results if (r["row"], r["change"]) != (new["row"], new["change"])]
+    """In the order of ROWS, without an older result of the same on the same machine."""
+    what = lambda r: (r["row"], r["change"], table.machine(r))  # noqa: E731
+    others = [r for r in results if what(r) != what(new)]
     return sorted([*others, new], key=lambda r: ROWS.index(r["row"]))
 
 

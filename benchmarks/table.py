@@ -44,20 +44,33 @@ def line(result: dict) -> str:
 
 
 def markdown(preset: str, results: list[dict]) -> str:
-    """All results of a preset, those of the preset itself first."""
+    """All results of a preset, a section for each machine, where those of the preset itself come first."""
+    text = (
+        f"# ambijax against transformers + PEFT, preset {preset}\n\n"
+        f"`python benchmarks/compare.py --preset {preset}`; what is compared is in [README.md](README.md). "
+        f"Commits are in `{preset}.json`.\n"
+    )
+    for device in dict.fromkeys(map(machine, results)):
+        text += _section(device, [r for r in results if machine(r) == device])
+    return text
+
+
+def machine(result: dict) -> str:
+    """What a result was measured on."""
+    about = result["hardware"]
+    return about["gpu"] or f"{about['cores']} cores of {about['cpu']}"
+
+
+def _section(device: str, results: list[dict]) -> str:
     about = results[-1]["hardware"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    device = about["gpu"] or f"{about['cores']} cores of {about['cpu']}"
-    head = (
-        f"# ambijax against transformers + PEFT, preset {preset}\n\n"
-        f"`python benchmarks/compare.py --preset {preset}`; what is compared is in [README.md](README.md).\n\n"
-        f"{device}; Python {about['python']}; {versions}. Commits are in `{preset}.json`.\n\n"
-    )
     plain = [r for r in results if not r["change"]]
     changed = sorted((r for r in results if r["change"]), key=lambda r: (r["row"], str(r["change"])))
-    text = head + _table(plain) + _split(plain) + _limits(plain)
+    text = f"\n## {device}\n\nPython {about['python']}; {versions}.\n"
+    if plain:
+        text += "\n" + _table(plain) + _split(plain) + _limits(plain)
     if changed:
-        text += "\n## Other shapes\n\n" + _table(changed)
+        text += "\n### Other shapes\n\n" + _table(changed)
     return text
 
 

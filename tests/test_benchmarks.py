@@ -1,0 +1,32 @@
+"""What benchmarks/ writes down: a page says what its results say, and each machine's stay its own."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compare, table
+
+RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks"
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
+def test_a_page_is_made_from_its_results(file):
+    assert file.with_suffix(".md").read_text() == table.markdown(file.stem, json.loads(file.read_text()))
+
+
+def test_machines_do_not_replace_each_other():
+    before = json.loads((RESULTS / "67m.json").read_text())
+    old = next(result for result in before if result["row"] == "rollout" and not result["change"])
+    new = copy.deepcopy(old)
+    new["ratio"]["median"] = 123.45
+    again = compare._with(before, new)
+    assert len(again) == len(before)
+    assert old not in again
+    new["hardware"]["cpu"] = "another processor"
+    assert len(compare._with(before, new)) == len(before) + 1
+    kept, other = table.markdown("67m", compare._with(before, new)).split(f"## {table.machine(new)}\n")
+    assert f"**{old['ratio']['median']:.2f}**" in kept
+    assert "123.45" not in kept
+    assert "123.45" in other
