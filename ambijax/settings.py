@@ -4,8 +4,11 @@ A config file is a program and is executed; what a run leaves is `config.json`, 
 resumes a run somebody else made executes nothing of theirs.
 """
 
+import contextlib
 import json
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -61,9 +64,10 @@ def _read(argv: list[str]) -> tuple[ConfigDict | FrozenConfigDict, Path]:
     try:
         config_flags.DEFINE_config_file("config", help_string="FILE[:VARIANT]", flag_values=values, sys_argv=argv)
         flags.DEFINE_string("workdir", "", "run directory", flag_values=values)
-        rest = values(argv)[1:]
-        config = values.config
-        _ = config is None or config.algorithm  # a file that failed to load fails here
+        with _at_home(argv):
+            rest = values(argv)[1:]
+            config = values.config
+            _ = config is None or config.algorithm  # a file that failed to load fails here
     except flags.Error as error:
         raise ConfigError(_one_line(error)) from error
     except Exception as error:  # a config file is a program of the user's and may fail in any way
@@ -78,6 +82,19 @@ def _read(argv: list[str]) -> tuple[ConfigDict | FrozenConfigDict, Path]:
     if config is None:
         raise ConfigError(f"--config is missing; {_USAGE}")
     return config, workdir
+
+
+@contextlib.contextmanager
+def _at_home(argv: list[str]) -> Iterator[None]:
+    """Meanwhile `from configs import base` in --config=DIR/configs/sft.py finds DIR/configs, from any directory."""
+    file = re.search("^--?config[=\n]([^:\n]+)", "\n".join(argv), re.MULTILINE)
+    before = sys.path.copy()
+    if file:
+        sys.path.insert(0, str(Path(file[1]).resolve().parent.parent))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def _one_line(error: Exception) -> str:

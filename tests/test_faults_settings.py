@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -106,6 +108,19 @@ def test_a_config_file_that_fails_is_one_line(program, tmp_path):
     with pytest.raises(ConfigError, match=r"--config: .") as error:
         settings.parse(["train", f"--config={tmp_path / 'mine.py'}", "--workdir=w"])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("directory", [ROOT, ROOT / "docs"])
+def test_a_config_file_imports_what_stands_beside_it(directory, tmp_path):
+    copied = shutil.copytree(ROOT / "configs", tmp_path / "mine" / "configs")
+    base = copied / "base.py"
+    base.write_text(base.read_text().replace("c = ConfigDict()", "c = ConfigDict()\n    c.mine = 1"))
+    program = (
+        f"import sys; sys.path.append({str(ROOT)!r}); from ambijax import settings; before = sys.path.copy()\n"
+        f"config = settings._read(['', '--config={copied}/grpoz.py:tiny', '--workdir=w'])[0]\n"
+        "assert config.mine == 1 and sys.path == before"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=directory, check=True)
 
 
 def test_what_cannot_be_read_is_listed_with_what_can_and_is_wrong():
