@@ -14,7 +14,8 @@ from ambijax.errors import ConfigError
 from tests import small
 
 MESHES = [(2, 2, 2), (1, 2, 4)]  # every axis, and every key-value head on a device of its own
-OTHERS = [(8, 1, 1), (1, 8, 1), (4, 1, 2), (4, 2, 1), (2, 4, 1), (1, 4, 2), (2, 1, 4)]  # every other way to split eight
+# Every other way to split eight with four key-value heads.
+OTHERS = [(8, 1, 1), (1, 8, 1), (4, 1, 2), (4, 2, 1), (2, 4, 1), (1, 4, 2), (2, 1, 4)]
 UNEVEN = [(3, 1, 1), (3, 2, 1), (3, 1, 2), (6, 1, 1), (1, 2, 2), (1, 1, 4)]  # of three, four and six devices
 B, G, T = 8, 3, 6
 
