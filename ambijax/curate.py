@@ -22,7 +22,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from ambijax import audio, emotions, errors, manifest
+from ambijax import audio, emotions, errors, manifest, settings
 from ambijax.acoustics import MEASURES, Acoustics, Norm, measure, speaker_norms
 from ambijax.curation import checks, ledger, prompts, teachers
 from ambijax.curation.client import BudgetReached, Client, Request
@@ -63,9 +63,10 @@ def parse(argv: list[str]) -> Options:
     flags.DEFINE_float("max_usd", None, "", flag_values=values)
     flags.DEFINE_integer("max_items", None, "", flag_values=values)
     try:
-        rest = values(argv)[1:]
-        config = values.config
-        _ = config is None or config.teacher  # a file that failed to load fails here
+        with settings.at_home(argv):
+            rest = values(argv)[1:]
+            config = values.config
+            _ = config is None or config.teacher  # a file that failed to load fails here
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
         said = " ".join(str(error).strip().splitlines()[-1].split()) if str(error).strip() else type(error).__name__
         raise ConfigError(f"command line: {said}") from None

@@ -64,7 +64,7 @@ def _read(argv: list[str]) -> tuple[ConfigDict | FrozenConfigDict, Path]:
     try:
         config_flags.DEFINE_config_file("config", help_string="FILE[:VARIANT]", flag_values=values, sys_argv=argv)
         flags.DEFINE_string("workdir", "", "run directory", flag_values=values)
-        with _at_home(argv):
+        with at_home(argv):
             rest = values(argv)[1:]
             config = values.config
             _ = config is None or config.algorithm  # a file that failed to load fails here
@@ -85,7 +85,7 @@ def _read(argv: list[str]) -> tuple[ConfigDict | FrozenConfigDict, Path]:
 
 
 @contextlib.contextmanager
-def _at_home(argv: list[str]) -> Iterator[None]:
+def at_home(argv: list[str]) -> Iterator[None]:
     """Meanwhile `from configs import base` in --config=DIR/configs/sft.py finds DIR/configs, from any directory."""
     file = re.search("^--?config[=\n]([^:\n]+)", "\n".join(argv), re.MULTILINE)
     before = sys.path.copy()

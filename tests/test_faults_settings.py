@@ -115,10 +115,14 @@ def test_a_config_file_imports_what_stands_beside_it(directory, tmp_path):
     copied = shutil.copytree(ROOT / "configs", tmp_path / "mine" / "configs")
     base = copied / "base.py"
     base.write_text(base.read_text().replace("c = ConfigDict()", "c = ConfigDict()\n    c.mine = 1"))
+    shutil.copy(copied / "curate.py", copied / "special.py")
+    (copied / "derived.py").write_text("from configs import special\n\nget_config = special.get_config\n")
     program = (
         f"import sys; sys.path.append({str(ROOT)!r}); from ambijax import settings; before = sys.path.copy()\n"
         f"config = settings._read(['', '--config={copied}/grpoz.py:tiny', '--workdir=w'])[0]\n"
-        "assert config.mine == 1 and sys.path == before"
+        "assert config.mine == 1 and sys.path == before\n"
+        "from ambijax import curate\n"
+        f"curate.parse(['', '--config={copied}/derived.py', '--manifest=m', '--out=o'])"
     )
     subprocess.run([sys.executable, "-c", program], cwd=directory, check=True)
 
