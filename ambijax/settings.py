@@ -86,10 +86,16 @@ def _read(argv: list[str]) -> tuple[ConfigDict | FrozenConfigDict, Path]:
 
 @contextlib.contextmanager
 def at_home(argv: list[str]) -> Iterator[None]:
-    """Meanwhile `from configs import base` in --config=DIR/configs/sft.py finds DIR/configs, from any directory."""
+    """Meanwhile `from configs import base` in --config=DIR/configs/sft.py finds DIR/configs, from any directory.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
     file = re.search("^--?config[=\n]([^:\n]+)", "\n".join(argv), re.MULTILINE)
     before = sys.path.copy()
     if file:
+        if not Path(file[1]).exists():
+            raise ConfigError(f"no file {file[1]} here, in {Path.cwd()}; a clone has them in configs/")
         sys.path.insert(0, str(Path(file[1]).resolve().parent.parent))
     try:
         yield

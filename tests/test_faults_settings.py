@@ -110,6 +110,12 @@ def test_a_config_file_that_fails_is_one_line(program, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_config_file_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"^--config: no file configs/sft.py here, in {tmp_path}; a clone has them"):
+        settings.parse(["train", "--config=configs/sft.py:tiny", "--workdir=w"])
+
+
 @pytest.mark.parametrize("directory", [ROOT, ROOT / "docs"])
 def test_a_config_file_imports_what_stands_beside_it(directory, tmp_path):
     copied = shutil.copytree(ROOT / "configs", tmp_path / "mine" / "configs")
