@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ambijax import losses, readout, sampling
 from ambijax.model.decoder import Past
 from ambijax.model.qwen2_audio import Qwen2Audio
-from ambijax.model.transposed import TransposedLayer, transposed_layers
+from ambijax.model.transposed import TransposedLayer, product, spaced, transposed_layers
 from ambijax.structs import Completions, Prompt, Rollout, Scores
 
 
@@ -146,17 +146,15 @@ class _Writer(NamedTuple):
     variables: dict
     layers: tuple[TransposedLayer, ...]
     prefix: Prefix
-    head: jax.Array  # [V, D], transposed as the layers are
+    head: jax.Array  # [V, D], transposed and spaced as the layers are
     tokens: Tokens
     ends_line: jax.Array  # bool [V]
     turn: tuple[jax.Array, jax.Array]  # rope's angles of every completion token, [B, 1, N, 1, D / 2] each
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, G, D] -> float32 [V, B, G]."""
-        head = self.head.astype(hidden.dtype)
-        by_word = jnp.einsum("vd,bgd->vbg", head, hidden, preferred_element_type=jnp.float32)
         # Before a barrier the product stays as it is written, where XLA would put its operands back in order.
-        return jax.lax.optimization_barrier(by_word)
+        return jax.lax.optimization_barrier(product(self.head, jnp.moveaxis(hidden, -1, 0), jnp.float32))
 
     def decode(self, token: jax.Array, t: jax.Array, own: Past) -> tuple[jax.Array, Past]:
         """Token t [B, G] to the hidden state [B, G, D] that predicts the next, and `own` with it."""
@@ -221,9 +219,9 @@ def rollout(
 def cache_stages(max_tokens: int) -> list[int]:
     """The steps, in tokens, in which the completions' cache grows: XLA's attention reads all of it, written or not.
 
-    Each is a loop of its own to compile, so there are four at most, of 64 tokens at least.
+    Each is a loop of its own to compile, so there are four at most, of 32 tokens at least.
     """
-    stages = min(max(max_tokens // 64, 1), 4)
+    stages = min(max(max_tokens // 32, 1), 4)
     ends = [max_tokens * i // stages for i in range(stages + 1)]
     return [end - start for start, end in itertools.pairwise(ends)]
 
@@ -251,7 +249,7 @@ def _writer(
         variables=variables,
         layers=transposed_layers(variables, model.config.text, model.lora, model.dtype, joined),
         prefix=prefix._replace(past=prefix.past.unstacked(model.cache, by_channel=model.decoding == "xla")),
-        head=model.apply(variables, method="head").T,
+        head=spaced(model.apply(variables, method="head").T),
         tokens=tokens,
         ends_line=ends_line,
         turn=model.apply(variables, positions, method="turn"),
@@ -291,7 +289,8 @@ def _finish(w: _Writer, s: _Decoding) -> Rollout:
 
     def force(_: None) -> jax.Array:
         appended = jnp.broadcast_to(jnp.array(w.tokens.forced), (b, g, len(w.tokens.forced)))
-        forced = readout.logits(w.peek(appended, length, s.own)[:, :, -1], w.head.T, class_ids)
+        head = w.model.apply(w.variables, method="head")
+        forced = readout.logits(w.peek(appended, length, s.own)[:, :, -1], head, class_ids)
         return jnp.where(own_anchor[..., None], class_logits, forced)
 
     return Rollout(
