@@ -115,7 +115,7 @@ def test_a_cache_that_has_grown_holds_what_was_written(model, variables):
 
 
 def test_stages_are_all_tokens_and_few_programs():
-    for n in (8, 31, 32, 63, 64, 127, 128, 300, 513, 16384):
+    for n in (8, 31, 32, 63, 64, 127, 128, 255, 256, 300, 513, 16384):
         stages = policy.cache_stages(n)
         assert sum(stages) == n
         assert len(stages) <= 4
