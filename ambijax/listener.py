@@ -46,6 +46,7 @@ _UNTOLD = {
 }
 _NO_LORA = LoraConfig(rank=1, alpha=1.0, dropout=0.0, audio_tower=False)  # of a model without adapters: unused
 _MESH = {"data": 1, "fsdp": -1, "tensor": 1}  # all devices that are here, whatever it was trained on
+_CHUNK = 32  # positions per slice of vocabulary logits, where class words of several tokens are scored; bounds memory
 _NO_BATCH = 0  # of training, which does not happen; a multiple of any mesh
 
 
@@ -292,6 +293,7 @@ def _config(checkpoint: Path, told: dict, lora: LoraConfig = _NO_LORA, init_from
                 "windows": tuple(told["windows"]),
                 "batch_size": _NO_BATCH,
             },
+            "loss": {"chunk": _CHUNK},
             "readout": {"temperature": told["temperature"]},
             "eval": {"batch_size": told["batch_size"]},
         }

@@ -152,6 +152,14 @@ def test_what_cannot_be_opened_is_named(run, tmp_path):
     assert ambijax.load(tmp_path / "peft", checkpoint=trained.TINY).setting.vocabulary.labels == LABELS
 
 
+def test_words_of_several_tokens_are_heard_by_every_form_of_a_model(run, clips, tmp_path):
+    words = ("neutral", "happy")
+    export.export(run, "peft", tmp_path / "peft")
+    of_run, of_export = (ambijax.load(path, labels=words) for path in (run, tmp_path / "peft"))
+    assert of_export.setting.vocabulary.split
+    same([of_export.predict(clips[0])], [of_run.predict(clips[0])])
+
+
 @pytest.mark.slow  # compiles programs of its own
 def test_a_bare_checkpoint_listens(clips):
     bare = ambijax.load(trained.TINY, labels=("neutral", "anger"))
