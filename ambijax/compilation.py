@@ -3,6 +3,8 @@
 The directory is JAX's own: JAX_COMPILATION_CACHE_DIR names another, JAX_ENABLE_COMPILATION_CACHE=false turns it off.
 """
 
+import ctypes
+import functools
 import os
 import sys
 from pathlib import Path
@@ -11,11 +13,16 @@ import jax
 
 _MADE = "/jax/core/compile/backend_compile_duration"  # a program was compiled, or read from the cache
 _READ = "/jax/compilation_cache/cache_hits"
+_LARGE = 1.0  # seconds of compiling, from which on it took memory worth a search for it
 _LIMIT = 8 * 2**30  # bytes; with a limit JAX locks the directory, so that processes can share it
 
 
 def keep() -> None:
-    """Keeps the compiled programs of this process for later ones, in the user's cache directory if nowhere else."""
+    """Keeps the compiled programs of this process for later ones, in the user's cache directory if nowhere else.
+
+    What is not kept is the memory that compiling them took, see `give_back`.
+    """
+    give_back()
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return
     directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "ambijax" / "programs"
@@ -31,6 +38,23 @@ def keep() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_compilation_cache_max_size", _LIMIT)
+
+
+@functools.cache
+def give_back() -> None:
+    """From now on, memory that compiling took goes back to the system when the program is there.
+
+    glibc keeps what was freed for whoever asks next, and nobody asks for as much again (docs/log.md). Other C libraries
+    are left as they are.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+    def made(event: str, seconds: float, **_: object) -> None:
+        if event == _MADE and seconds >= _LARGE:
+            trim(0)
+
+    if trim is not None:
+        jax.monitoring.register_event_duration_secs_listener(made)
 
 
 class Programs:

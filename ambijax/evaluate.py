@@ -28,6 +28,7 @@ from ambijax import (
     bounds,
     calibration,
     canaries,
+    compilation,
     emotions,
     errors,
     hosts,
@@ -189,6 +190,7 @@ def main() -> None:
 
 def _answer(args: argparse.Namespace, config: FrozenConfigDict, asked: FrozenConfigDict, workdir: Path) -> None:
     """Evaluates, and prints the table."""
+    compilation.keep()
     setting = assemble.setting(config)
     with jax.set_mesh(setting.mesh):
         base = args.base or not args.run

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tqdm
 
-from ambijax import audio, errors, listener, listing
+from ambijax import audio, compilation, errors, listener, listing
 from ambijax.errors import ConfigError, DataError
 from ambijax.listener import Model, Prediction
 
@@ -137,6 +137,7 @@ def main() -> None:
     if len(columns) != 2 or args.samples < 1 or (args.batch_size or 1) < 1 or args.temperature <= 0:
         raise ConfigError("--columns names two; --samples, --batch_size and --temperature are positive")
     clips = _clips(args.clips, tuple(columns), args.transcript)
+    compilation.keep()
     labels = args.labels.split(",") if args.labels else None
     model = listener.load(args.model, base=args.base, labels=labels, checkpoint=args.checkpoint)
     options = {key: getattr(args, key) for key in ("batch_size", "samples", "temperature", "seed")}

@@ -24,6 +24,7 @@ Step = Callable[[], object]  # one step, done when it returns; a dict it returns
 
 programs = compilation.Programs()
 programs.__enter__()
+compilation.give_back()  # as every command does, which here keeps no program
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,16 +1,20 @@
 """Programs are counted, kept for the next process, and none is made after warm-up whatever the clips' lengths."""
 
+import ctypes
+import importlib
 import os
 import pwd
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from ambijax import audio, compilation, data, kept, losses, policy
-from tests import small
+from tests import small, trained
 
 WINDOWS = (256, 1024, 3000)
 OURS = ("XLA_FLAGS", "JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")  # set by conftest.py, not by a user
@@ -68,6 +72,55 @@ def test_without_a_place_or_a_wish_nothing_is_kept(tmp_path):
     assert "JAX_COMPILATION_CACHE_DIR" in err
     assert _count(XDG_CACHE_HOME=str(tmp_path / "off"), JAX_ENABLE_COMPILATION_CACHE="false")[1] == ""
     assert not (tmp_path / "off").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "demo.__main__"])
+def test_every_command_that_runs_a_model_keeps_its_programs(command, monkeypatch, tmp_path):
+    settings = [f"--workdir={tmp_path / 'run'}", "--config=configs/sft.py:tiny"]
+    arguments = {
+        "train": settings,
+        "evaluate": [*settings, f"--checkpoint={trained.TINY}"],
+        "predict": [f"--model={trained.TINY}", str(trained.wavs(tmp_path, (0.5,))[0])],
+        "demo.__main__": [f"--model={trained.TINY}", "--port=0"],
+    }
+    if command.startswith("demo"):
+        pytest.importorskip("uvicorn", reason="the demo's packages are an extra")
+        pytest.importorskip("starlette", reason="the demo's packages are an extra")
+
+    class KeptError(Exception):
+        pass
+
+    def keep() -> None:
+        raise KeptError
+
+    monkeypatch.setattr(compilation, "keep", keep)
+    monkeypatch.setattr("sys.argv", [command, *arguments[command]])
+    with pytest.raises(KeptError):
+        importlib.import_module(f"ambijax.{command}").main()
+
+
+def test_memory_that_compiling_took_is_given_back():
+    """Blocks freed below one that is still in use are what a C library keeps."""
+    libc, statm = ctypes.CDLL(None), Path("/proc/self/statm")
+    if not hasattr(libc, "malloc_trim") or not statm.exists():
+        pytest.skip("needs Linux and glibc")
+    libc.malloc.restype = ctypes.c_void_p
+    resident = lambda: int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")  # noqa: E731
+    size, count = 2**16, 2**11  # 128 MiB in blocks too small to be mapped each for itself
+    compilation.give_back()
+    blocks = [libc.malloc(size) for _ in range(count)]
+    for block in blocks:
+        ctypes.memset(block, 1, size)
+    full = resident()
+    for block in blocks[:-1]:
+        libc.free(ctypes.c_void_p(block))
+    kept = resident()
+    assert full - kept < size * count / 4
+    jax.monitoring.record_event_duration_secs(compilation._MADE, 0.1)
+    assert kept - resident() < size * count / 4
+    jax.monitoring.record_event_duration_secs(compilation._MADE, 2.0)
+    assert kept - resident() > size * count / 2
+    libc.free(ctypes.c_void_p(blocks[-1]))
 
 
 def test_the_last_step_that_compiled_is_known():

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ambijax import audio, errors, listener
+from ambijax import audio, compilation, errors, listener
 from ambijax.corpora import synthetic
 from ambijax.errors import ConfigError
 
@@ -42,6 +42,7 @@ def main() -> None:
 
     from ambijax.demo import server
 
+    compilation.keep()
     listening = _listen(args.host, args.port)
     labels = args.labels.split(",") if args.labels else None
     model = listener.load(args.model, base=args.base, labels=labels, checkpoint=args.checkpoint)
