@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -33,11 +31,7 @@ from ambijax import (
 from ambijax.corpora import synthetic
 from ambijax.errors import ConfigError, DataError
 from ambijax.predictions import Decoding
-
-ROOT = Path(__file__).parents[1]
-tiny = pytest.mark.skipif(
-    not (ROOT / "ambijax/tiny/model.safetensors").exists(), reason="the tiny model is not in this checkout"
-)
+from tests.command import needs_tiny, start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +76,7 @@ def _from(dataset: object, i: int) -> object:
 # Predictions ---------------------------------------------------------------------------------------------------------
 
 
-@tiny
+@needs_tiny
 def test_a_record_holds_what_its_readers_need(bench):
     by_id = {u.id: u for u in manifest.read(bench.test.root).utterances}
     for record in bench.records:
@@ -97,7 +91,7 @@ def test_a_record_holds_what_its_readers_need(bench):
     assert bench.records == predictions.read(bench.directory)
 
 
-@tiny
+@needs_tiny
 def test_one_clip_at_a_time_predicts_as_eight_do_and_a_killed_evaluation_goes_on(bench, tmp_path, monkeypatch):
     one = bench.collect(tmp_path, batch=1)
     for a, b in zip(one, bench.records, strict=True):
@@ -133,7 +127,7 @@ def test_one_clip_at_a_time_predicts_as_eight_do_and_a_killed_evaluation_goes_on
     assert len(predicted) == 9 + 8 + 8
 
 
-@tiny
+@needs_tiny
 def test_sampled_chains_of_thought_are_averaged_and_do_not_depend_on_their_neighbours(bench, tmp_path):
     decoding = Decoding(samples=2, temperature=1.0)
     everyone = bench.collect(tmp_path / "all", decoding=decoding)
@@ -153,7 +147,7 @@ def test_sampled_chains_of_thought_are_averaged_and_do_not_depend_on_their_neigh
     np.testing.assert_allclose([r["readout"] for r in everyone], expected, atol=1e-6)
 
 
-@tiny
+@needs_tiny
 def test_a_batch_that_is_half_written_is_computed_as_a_whole(bench, tmp_path):
     # Starting inside a batch would pad and group the clips otherwise, and change the last bits.
     shutil.copytree(bench.directory, tmp_path / "cut")
@@ -195,7 +189,7 @@ def test_swaps_that_would_swap_nothing_are_refused():
         canaries.swap_audio(_utterances("a"))
 
 
-@tiny
+@needs_tiny
 def test_the_readout_after_the_own_reasoning_is_the_own_and_after_another_ones_it_is_not(bench, tmp_path):
     same = bench.collect(tmp_path / "same", after=bench.records)
     for own, again in zip(bench.records, same, strict=True):
@@ -211,7 +205,7 @@ def test_the_readout_after_the_own_reasoning_is_the_own_and_after_another_ones_i
     assert moved >= 2
 
 
-@tiny
+@needs_tiny
 def test_swapped_sounds_and_swapped_words_are_noticed(bench, tmp_path):
     for control in (canaries.swap_audio, canaries.swap_transcript):
         with jax.set_mesh(bench.setting.mesh):
@@ -344,47 +338,41 @@ def test_what_was_trained_on_is_no_other_corpus(tmp_path, monkeypatch):
         evaluate.main()
 
 
-def _command(*arguments: str) -> subprocess.Popen:
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "ambijax.evaluate", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def _bare(workdir: Path, corpus: Path, clips: int) -> list[str]:
     small = ["speakers=5", f"clips_per_speaker={clips}", f"root={corpus}"]
     small = [f"--config.data.{s}" for s in small] + ["--config.eval.batch_size=2"]
     return ["--checkpoint=ambijax/tiny", "--config=configs/sft.py:tiny", f"--workdir={workdir}", *small]
 
 
-@tiny
+@needs_tiny
 @pytest.mark.slow
 def test_an_evaluation_killed_at_any_moment_ends_as_if_it_never_was(tmp_path):
     straight = _bare(tmp_path / "straight", tmp_path / "corpus", 16)
-    out, err = _command(*straight).communicate(timeout=600)
+    out, err = start("ambijax.evaluate", *straight).communicate(timeout=600)
     expected = (tmp_path / "straight/eval/test/predictions.jsonl").read_bytes()
     path, kills = tmp_path / "cut/eval/test/predictions.jsonl", 0
     cut = _bare(tmp_path / "cut", tmp_path / "corpus", 16)
     for lines in (1, 5, 11):  # written before the kill
-        process = _command(*cut)
+        process = start("ambijax.evaluate", *cut)
         while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < lines):
             time.sleep(0.005)
         kills += process.poll() is None
         process.kill()
         process.communicate()
     assert kills >= 2
-    again, err = _command(*cut).communicate(timeout=600)
+    again, err = start("ambijax.evaluate", *cut).communicate(timeout=600)
     assert path.read_bytes() == expected, err
     assert again.replace("/cut/", "/straight/") == out
 
 
-@tiny
+@needs_tiny
 def test_a_bare_checkpoint_on_another_corpus(tmp_path):
     spec = dataclasses.replace(synthetic.IEMOCAP_LIKE, speakers=5, clips_per_speaker=1)
     other = synthetic.write(tmp_path / "other", spec)
     silent = dataclasses.replace(other.utterances[0], id="x", votes={"surprise": 3})
     manifest.write(dataclasses.replace(other, utterances=(*other.utterances, silent)))
     arguments = [*_bare(tmp_path / "run", tmp_path / "own", 2), f"--corpus={other.root}", "--calibrate", "--slices"]
-    process = _command(*arguments)
+    process = start("ambijax.evaluate", *arguments)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     summary = json.loads((tmp_path / "run/eval/other/summary.json").read_text())

@@ -4,18 +4,15 @@ Long: `pytest -m slow tests/test_reproduce.py`.
 """
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from tests import miniature
+from tests.command import start
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 pytest.importorskip("matplotlib", reason="the tables draw with it: pip install 'ambijax[report]'")
 TINY = [
@@ -28,12 +25,6 @@ TINY = [
     "--config.dpo.samples=2",
     "--config.eval.batch_size=4",
 ]
-
-
-def start(*arguments: str | Path) -> subprocess.Popen:
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
