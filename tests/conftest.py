@@ -11,7 +11,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
-        # The older way to emit fusions takes a third of the time. Later versions have no such flag, and end at one unknown.
+        # The older way to emit fusions takes a third of the time; later versions end at a flag that they do not know.
         "--xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else "",
     ]
 )
