@@ -362,6 +362,11 @@ def main() -> None:
     options = parse(sys.argv)
     config, out = options.config, options.out
     corpus = manifest.read(options.root)
+    if not manifest.voted(corpus.utterances, config.labels):
+        raise ConfigError(
+            f"no utterance of {options.root} has a vote on labels={tuple(config.labels)}; the votes there are on "
+            f"{', '.join(corpus.classes())}; set --config.labels"
+        )
     if options.merge:
         merge(corpus, out, config)
         return

@@ -296,6 +296,13 @@ def test_bad_sound_and_bad_votes_fail_with_a_reason(go, clips: Path) -> None:
     assert "failed      2 (" in said
 
 
+def test_the_classes_of_another_corpus_are_refused_before_anything_is_written(go) -> None:
+    with pytest.raises(ConfigError, match=r"labels=\('calm', 'tense'\); the votes there are on anger, sadness; set"):
+        go(2, None, labels="('calm', 'tense')")
+    assert not go.out.exists()
+    assert not go.ledger.exists()
+
+
 # Stopping ------------------------------------------------------------------------------------------------------------
 
 
