@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -35,12 +36,16 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
 
 
 def start(
-    *arguments: str | Path, devices: int = 1, stdout: int | None = subprocess.PIPE, **more: str
+    *arguments: str | Path,
+    devices: int = 1,
+    stdout: int | None = subprocess.PIPE,
+    stderr: int | IO = subprocess.PIPE,
+    **more: str,
 ) -> subprocess.Popen:
-    """Starts `python -m ...`; `more` are environment variables."""
+    """Starts `python -m ...`; `more` are environment variables. A pipe that nobody reads stops it after 64 KiB."""
     command = [sys.executable, "-m", *map(str, arguments)]
     env = environment(devices, **more)
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=stdout, stderr=stderr, text=True)
 
 
 def run(*arguments: str | Path, devices: int = 1) -> tuple[int, str, str]:

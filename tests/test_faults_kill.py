@@ -324,13 +324,15 @@ def test_memory_does_not_grow(tmp_path, corpus, record_property):
     workdir = tmp_path / "run"
     many = ["--config.steps=600", "--config.data.batch_size=1", "--config.checkpoint.every=50", "--config.log_every=1"]
     many += ["--config.optim.accumulate=1", "--config.eval.every=100"]
-    process = command.start(*train(workdir, corpus, "sft", *SHORT, *many), stdout=subprocess.DEVNULL)
     resident = {}
-    for step in (100, 600):
-        _wait(logged(workdir, step), process)
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        resident[step] = int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
-    process.kill()
-    process.communicate()
+    with (tmp_path / "said").open("w") as said:  # of 600 steps' progress
+        process = command.start(*train(workdir, corpus, "sft", *SHORT, *many), stdout=subprocess.DEVNULL, stderr=said)
+        for step in (100, 600):
+            _wait(logged(workdir, step), process)
+            assert process.poll() is None, (tmp_path / "said").read_text()
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            resident[step] = int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
+        process.kill()
+        process.wait()
     record_property("MB grown", round(resident[600] - resident[100], 1))
     assert resident[600] - resident[100] < 50, json.dumps(resident)
