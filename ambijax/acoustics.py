@@ -23,16 +23,17 @@ VOICED_MIN = 0.5  # normalised autocorrelation at the pitch period
 NUCLEUS_DIP = 2.5  # dB: a syllable nucleus rises this far above its surroundings (de Jong & Wempe 2009)
 TILT_SPLIT, TILT_TOP = 1000.0, 5000.0  # Hz
 
+VOICED = ("rate", "pitch", "pitch_range", "pitch_slope", "tilt", "harmonicity")  # what is measured in voiced frames
 MEASURES = ("energy", "rate", "pitch", "pitch_range", "pitch_slope", "pauses", "tilt", "harmonicity", "energy_range")
 
 
 @dataclasses.dataclass(frozen=True)
 class Acoustics:
-    """The measured prosody of one clip; always finite, also for silence."""
+    """The measured prosody of one clip; always finite. With a pitch of 0 none of `VOICED` says anything."""
 
     energy: float  # dB re full scale, over the frames that hold speech
     rate: float  # syllable nuclei a second, pauses included
-    pitch: float  # Hz, median over voiced frames; 0 = nothing is voiced
+    pitch: float  # Hz, median over voiced frames; 0 = too few of them
     pitch_range: float  # semitones between the 10th and 90th percentile of voiced frames, about the slope
     pitch_slope: float  # semitones a second, straight line through the voiced frames
     pauses: float  # share of silent frames between the first and the last frame of speech
@@ -135,9 +136,12 @@ def level(z: float) -> int:
 
 
 def _vector(acoustics: Acoustics) -> np.ndarray:
-    """[M] in MEASURES order; pitch in semitones, because that is how pitch is heard. NaN where nothing is voiced."""
+    """[M] in MEASURES order; pitch in semitones, because that is how pitch is heard. NaN where too little is voiced."""
     values = dataclasses.asdict(acoustics)
-    values["pitch"] = 12 * np.log2(acoustics.pitch) if acoustics.pitch else np.nan
+    if acoustics.pitch:
+        values["pitch"] = 12 * np.log2(acoustics.pitch)
+    else:  # a whisper has no tempo or tension of 0
+        values |= dict.fromkeys(VOICED, np.nan)
     return np.array([values[name] for name in MEASURES])
 
 

@@ -149,7 +149,8 @@ class Estimate:
 def estimate(items: Sequence[teachers.Item], corpus: Corpus, config: ConfigDict) -> Estimate:
     """Counts tokens from above with the very requests that will be sent; reads nothing of a clip but its header."""
     seconds, first, all_attempts, unreadable = 0.0, [], [], 0
-    voice = prompts.describe(Acoustics(*[0.0] * len(MEASURES)), Norm.of([Acoustics(*[0.0] * len(MEASURES))]))
+    loud = Acoustics(*[100.0] * len(MEASURES))
+    voice = prompts.describe(loud, Norm.of([loud]))
     longest = "x" * math.ceil(config.writer.max_completion_tokens * config.writer.bytes_per_token)
     again = teachers.Draft(2, text=longest, faults=("x" * 300,))
     for item in items:

@@ -100,10 +100,13 @@ _TAGS = ("THINK", "PLANNING", "CAPTION", "REASONING", "SUMMARY")  # the first ar
 
 
 def _faults_of_audio_reasoner(completion: str, labels: Sequence[str]) -> list[str]:
-    inner = r"\s*".join(rf"<{tag}>(?P<{tag}>.*\S.*)</{tag}>" for tag in _TAGS[1:])
-    whole = re.fullmatch(rf"\s*<THINK>\s*{inner}\s*</THINK>\s*<RESPONSE>(.*)</RESPONSE>\s*", completion, re.DOTALL)
+    # Each tag once, and nothing asked of a section but to end: a pattern that could try more ends would try them all.
     once = all(completion.count(mark) == 1 for tag in (*_TAGS, "RESPONSE") for mark in (f"<{tag}>", f"</{tag}>"))
-    if not whole or not once:
+    inner = r"\s*".join(rf"<{tag}>(.*)</{tag}>" for tag in _TAGS[1:])
+    whole = once and re.fullmatch(
+        rf"\s*<THINK>\s*{inner}\s*</THINK>\s*<RESPONSE>(.*)</RESPONSE>\s*", completion, re.DOTALL
+    )
+    if not whole or not all(section.strip() for section in whole.groups()[:-1]):
         return ["its tags are not each there once, in order and filled"]
     said = [label for label in labels if re.search(rf"\b{re.escape(label)}\b", whole[5], re.IGNORECASE)]
     return [] if len(said) == 1 else [f"its response names {len(said)} of the class words, not one"]

@@ -54,7 +54,9 @@ _LEXICON = {
     "fear": "afraid scared terrified danger dangerous frightened careful worried help",
 }
 _EMOTION_OF = {word: emotion for emotion, words in _LEXICON.items() for word in words.split()}
-_NEGATIONS = {"not", "no", "never", "dont", "isnt", "wasnt", "cant"}
+_NEGATION = re.compile(
+    r"not?|never|cannot|aint|(?:do|does|did|is|are|was|were|wo|would|ca|could|should|must|have|has|had)nt"
+)
 
 
 def lexical_cues(transcript: str) -> list[tuple[str, str]]:
@@ -63,11 +65,11 @@ def lexical_cues(transcript: str) -> list[tuple[str, str]]:
     >>> lexical_cues("I'm so glad, I was never sad!")
     [('glad', 'happiness')]
     """
-    words = re.findall("[a-z]+", transcript.lower().replace("'", ""))
+    words = re.findall("[a-z]+", re.sub("['\N{RIGHT SINGLE QUOTATION MARK}]", "", transcript.lower()))
     pairs = [
         (word, _EMOTION_OF[word])
         for before, word in zip(["", *words], words, strict=False)
-        if word in _EMOTION_OF and before not in _NEGATIONS
+        if word in _EMOTION_OF and not _NEGATION.fullmatch(before)
     ]
     return list(dict.fromkeys(pairs))
 

@@ -7,6 +7,7 @@ import pytest
 
 from ambijax import acoustics
 from ambijax.acoustics import MEASURES, Acoustics, Norm, measure
+from ambijax.curation import prompts
 
 RATE = acoustics.SAMPLE_RATE
 
@@ -135,6 +136,22 @@ def test_a_clip_without_pitch_neither_bends_the_norm_nor_has_a_level():
     assert norm.mean["pitch"] == Norm.of(voiced).mean["pitch"]
     assert norm.z(silent)["pitch"] == 0
     assert np.isfinite(list(Norm.of([silent]).z(silent).values())).all()
+
+
+def test_a_whisper_has_no_tempo_or_tension_of_zero():
+    """It has energy and pauses; what is measured in voiced frames was not there to be measured."""
+    rng = np.random.default_rng(0)
+    whisper = measure((0.1 * rng.standard_normal(RATE)).astype(np.float32))
+    assert whisper.pitch == 0
+    voiced = [clip_with(energy=e) for e in (-30.0, -28.0)]
+    norm, without = Norm.of([*voiced, whisper]), Norm.of(voiced)
+    for name in acoustics.VOICED:
+        assert norm.mean[name] == without.mean[name]
+        assert norm.z(whisper)[name] == 0
+    assert norm.mean["energy"] != without.mean["energy"]
+    described = prompts.describe(whisper, norm)
+    assert "voiced" in described
+    assert not any(word in described for word in ("Hz", "effort", "rate", "ratio"))
 
 
 def test_levels():

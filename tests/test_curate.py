@@ -790,7 +790,16 @@ def faults_of(words: str, transcript: str = "It's eleven o'clock.") -> list[str]
     "words",
     [
         *("6 of 8 heard it", "six out of eight", "75% sad", "75 percent", "0.75 sadness", "a share of .25", "3/4"),
-        *("sadness: 6", "sadness (6)", "6 sadness", "two thirds sad", "nine listeners agree"),
+        *(
+            "sadness: 6",
+            "sadness (6)",
+            "sadness 0.6 at 220 Hz",
+            "sadness: 6.",
+            "sadness (0.75)",
+            "6 sadness",
+            "two thirds sad",
+            "nine listeners agree",
+        ),
         *("the annotators", "raters", "the label", "labelled as sad", "most voted", "a majority opinion"),
         *(
             "the given emotion",
@@ -817,6 +826,12 @@ def test_leaks_are_found(words: str) -> None:
             "one of the two readings",
             "the majority of the phrase",
         ),
+        *(
+            "it is neutral, 180 Hz on average",
+            "neutral (220 Hz)",
+            "neutral: 4.2 syllables a second",
+            "0.3 milliseconds",
+        ),
         *("listeners may hear it", "the distribution of energy", "the target of the anger", "in the first half"),
     ],
 )
@@ -827,6 +842,7 @@ def test_measurements_and_plain_words_are_no_leak(words: str) -> None:
 def test_the_speakers_own_words_are_no_leak() -> None:
     assert faults_of("'we voted 7 of 9'", transcript="So we voted 7 of 9 times.") == []
     assert faults_of("'we voted 7 of 9'", transcript="So we went.") != []
+    assert faults_of("a rating suggests it", transcript="We are celebrating.") != []
 
 
 def test_markdown_is_taken_off() -> None:

@@ -159,6 +159,9 @@ def test_the_format_of_audio_reasoner():
     assert reward(TAGGED.replace("Sadness", "sad")) == 0
     assert reward(TAGGED.replace("a voice", " ")) == 0
     assert reward(TAGGED.replace("</CAPTION>", "")) == 0
+    words = "a long section " * 400  # a cut completion must not be tried in all the ways it could be divided
+    assert reward(TAGGED.replace("a voice", words).replace("it falls", words).partition("</RESPONSE>")[0]) == 0
+    assert reward(TAGGED.replace("a voice", words).replace("it falls", words)) == 1
     assert reward(TAGGED + "<SUMMARY>again</SUMMARY>") == 0
     assert reward(f"{TEXT}\n{ANCHOR} anger") == 0
 

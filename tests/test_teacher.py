@@ -131,6 +131,10 @@ def test_words_of_feeling_are_named_and_neutral_sentences_called_neutral():
 def test_lexical_cues():
     assert teacher.lexical_cues("I HATE it, it's so sad; I hate it") == [("hate", "anger"), ("sad", "sadness")]
     assert teacher.lexical_cues("I'm not happy and I don't love it") == []
+    assert (
+        teacher.lexical_cues("She doesn't hate you. I won\N{RIGHT SINGLE QUOTATION MARK}t cry. I DIDNT love it") == []
+    )
+    assert teacher.lexical_cues("I want love") == [("love", "happiness")]
     assert teacher.lexical_cues("") == []
 
 

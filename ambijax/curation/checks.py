@@ -25,7 +25,9 @@ _TELLS = re.compile(
 _WORD = r"(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)"
 _COUNT = rf"(?:\d+|{_WORD})"
 # A decimal with a unit is a measurement, without one it reads as a share. Ranges such as "0.3 to 0.5 s" count as well.
-_UNIT = r"(?:[\s-]*(?:to|–|-)\s*\d*\.?\d+)?[\s-]*(?:k?hz|db|m?s\b|m?sec|semitone|syllable|word|octave|st\b|times\b)"
+_UNIT = (
+    r"(?:[\s-]*(?:to|–|-)\s*\d*\.?\d+)?[\s-]*(?:k?hz|db|m?s\b|m?sec|milli|semitone|syllable|word|octave|st\b|times\b)"
+)
 _NUMBERS = re.compile(
     rf"\d+(?:\.\d+)?\s*(?:%|per ?cent)|\b\d+\s*/\s*\d+"
     rf"|\b{_COUNT} out of (?:the )?{_COUNT}\b|\b\d+ of (?:the )?{_COUNT}\b"
@@ -74,13 +76,18 @@ def faults(text: str, transcript: str, labels: Sequence[str], max_chars: int) ->
         found.append(f"length: {len(text)} characters, at most {max_chars} are allowed")
     if control := _CONTROL.search(text):
         found.append(f"format: contains the control token {control.group()!r}")
-    spoken = transcript.lower()
     names = "|".join(map(re.escape, labels))
-    beside = re.compile(rf"\b(?:{names})\b\W{{0,3}}\d|(?<![.\d])\d+ (?:{names})\b", re.IGNORECASE)  # "anger: 7"
+    number = rf"\d+(?:\.\d+)?(?![.]?\d)(?!{_UNIT})"
+    beside = re.compile(rf"\b(?:{names})\b\W{{0,3}}{number}|(?<![.\d])\d+ (?:{names})\b", re.IGNORECASE)  # "anger: 7"
     leaks = [m.group() for pattern in (_TELLS, _NUMBERS, beside) for m in pattern.finditer(text)]
-    if leaks := [leak for leak in dict.fromkeys(leaks) if leak.lower() not in spoken]:
+    if leaks := [leak for leak in dict.fromkeys(leaks) if not _spoken(leak, transcript)]:
         found.append("leak: it must not contain " + ", ".join(repr(leak) for leak in leaks[:5]))
     return found
+
+
+def _spoken(words: str, transcript: str) -> bool:
+    """Whether the speaker says these very words."""
+    return bool(re.search(rf"(?<!\w){re.escape(words)}(?!\w)", transcript, re.IGNORECASE))
 
 
 def verdict(text: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ambijax.acoustics import LEVELS, Acoustics, Norm, level
+from ambijax.acoustics import LEVELS, VOICED, Acoustics, Norm, level
 
 SYSTEM = """\
 You analyse short recorded utterances for research on ambiguous emotion. You know the vocabulary of phonetics and \
@@ -112,8 +112,9 @@ _MEASURES = {
 def describe(acoustics: Acoustics, norm: Norm) -> str:
     """The measures of a clip, one line each, with the value and where it lies for this speaker."""
     z = norm.z(acoustics)
-    lines = [f"- {text.format(getattr(acoustics, name))}: {LEVELS[level(z[name])]}" for name, text in _MEASURES.items()]
-    return "\n".join(lines)
+    measured = [name for name in _MEASURES if acoustics.pitch or name not in VOICED]
+    lines = [f"- {_MEASURES[name].format(getattr(acoustics, name))}: {LEVELS[level(z[name])]}" for name in measured]
+    return "\n".join(lines if acoustics.pitch else [*lines, "- hardly anything is voiced: no pitch or voice quality"])
 
 
 def draft(
