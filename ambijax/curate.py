@@ -25,7 +25,7 @@ from ml_collections import ConfigDict, config_flags
 from ambijax import audio, emotions, errors, manifest, settings
 from ambijax.acoustics import MEASURES, Acoustics, Norm, measure, speaker_norms
 from ambijax.curation import checks, ledger, prompts, teachers
-from ambijax.curation.client import BudgetReached, Client, Request
+from ambijax.curation.client import BudgetReached, Client, Request, is_url
 from ambijax.errors import ConfigError, DataError
 from ambijax.manifest import Corpus
 
@@ -74,6 +74,10 @@ def parse(argv: list[str]) -> Options:
         raise ConfigError(f"unexpected argument {rest[0]!r}; {USAGE}")
     if missing := [name for name in ("config", "manifest", "out") if values[name].value is None]:
         raise ConfigError(f"--{missing[0]} is missing; {USAGE}")
+    if not values.out.endswith(".jsonl"):
+        raise ConfigError(f"--out={values.out} must name a .jsonl file, such as cot.jsonl")
+    if values.dry_run and values.merge:
+        raise ConfigError("--dry_run estimates, --merge writes the manifest; give one of them")
     for name in ("max_usd", "max_items"):
         if values[name].value is not None:
             config[name] = values[name].value
@@ -108,7 +112,7 @@ def check(config: ConfigDict) -> None:
     need(c.calls.retries >= 0 and c.calls.timeout_s > 0, "calls.retries must be 0 or more, calls.timeout_s positive")
     for role in ("writer", "judge"):
         e = c[role]
-        need(e.base_url.startswith(("http://", "https://")), f"{role}.base_url={e.base_url!r} must be an http(s) URL")
+        need(is_url(e.base_url), f"{role}.base_url={e.base_url!r} must be an http(s) URL")
         need(e.rpm >= 1 and e.tpm >= 1, f"{role}.rpm and {role}.tpm must be at least 1")
         need(e.bytes_per_token > 0 and e.audio_tokens_per_s >= 0, f"{role}.bytes_per_token must be positive")
         need(e.max_completion_tokens >= 1, f"{role}.max_completion_tokens must be at least 1")
@@ -121,8 +125,7 @@ def check(config: ConfigDict) -> None:
 
 def to_do(corpus: Corpus, out: Path, config: ConfigDict) -> tuple[list[teachers.Item], list[teachers.Result]]:
     """Utterances that have no result yet: (those with a soft label, failures of those whose votes give none)."""
-    finished = {row["id"] for row in ledger.results(out) if row["status"] != "failed"}
-    items, failures = [], []
+    finished, items, failures = ledger.finished(out), [], []
     for utterance in corpus.utterances[: config.max_items or None]:
         if utterance.id in finished:
             continue
@@ -279,7 +282,10 @@ def run(items: Sequence[teachers.Item], failures: Sequence[teachers.Result], cor
     """
     config, out = options.config, options.out
     with contextlib.ExitStack() as stack:
-        book = stack.enter_context(contextlib.closing(ledger.Ledger(_ledger_path(out), _settings(config))))
+        path, ended = out.with_suffix(".ledger.jsonl"), bool(ledger.finished(out))
+        book = stack.enter_context(contextlib.closing(ledger.Ledger(path, _settings(config), ended=ended)))
+        finished = ledger.finished(out)  # by another run that held the ledger until now
+        items = [item for item in items if item.utterance.id not in finished]
         client = Client(book, _endpoints(config), config.calls, config.max_usd)
         ledger.forget_failed(out)
         results = stack.enter_context(contextlib.closing(ledger.Journal(out)))
@@ -294,10 +300,6 @@ def run(items: Sequence[teachers.Item], failures: Sequence[teachers.Result], cor
         summarise(rows, corpus, config)
         print(f"requests    {client.sent} sent, {client.replayed} answered from the ledger")
         print(f"cost        ${book.spent:.4f} in all, of which up to ${book.lost:.4f} for answers that never arrived")
-
-
-def _ledger_path(out: Path) -> Path:
-    return out.with_suffix(".ledger.jsonl")
 
 
 def summarise(rows: Sequence[dict], corpus: Corpus, config: ConfigDict) -> None:
@@ -322,10 +324,14 @@ def merge(corpus: Corpus, out: Path, config: ConfigDict) -> None:
     """Writes the accepted reasonings of `out` into the manifest; a malformed row is dropped and counted, not fatal.
 
     Raises:
-      ConfigError: there is no such file.
+      ConfigError: there is no such file, or the manifest is a table.
     """
     if not out.is_file():
         raise ConfigError(f"no results at {out}; curate first")
+    if (table := corpus.root / "manifest.csv").is_file():
+        raise ConfigError(
+            f"{table} has no place for reasonings; make a manifest.jsonl of it with python -m ambijax.prepare"
+        )
     by_id = {utterance.id: utterance for utterance in corpus.utterances}
     dropped: collections.Counter[str] = collections.Counter()
     cots: dict[str, str] = {}

@@ -380,6 +380,25 @@ def test_other_settings_do_not_mix_in_one_file(go) -> None:
             go(1, server, judge__model="other")
 
 
+def test_a_model_that_does_not_exist_can_be_corrected(go) -> None:
+    """As the message asks for: nothing was answered yet that another model would mix with."""
+    with serving(lambda call: error(404, "no such model")) as server, pytest.raises(ConfigError, match="correct model"):
+        go(1, server, writer__model="typo")
+    with serving() as server:
+        assert "accepted    1" in go(1, server)
+        with pytest.raises(ConfigError, match=r"'gpt-.*' is now 'typo'"):
+            go(1, server, writer__model="typo")
+
+
+def test_what_another_run_finished_meanwhile_is_not_written_twice(go, monkeypatch: pytest.MonkeyPatch) -> None:
+    to_do = curate.to_do
+    with serving() as server:
+        go(3, server)
+        monkeypatch.setattr(curate, "to_do", lambda corpus, out, config: to_do(corpus, out / "before", config))
+        assert "items       3 to do" in go(3, server)
+    assert set(rows(go.out)) == {"u0", "u1", "u2"}  # each once
+
+
 def test_two_runs_do_not_write_one_file(go) -> None:
     with serving() as server:
         book = ledger.Ledger(go.ledger, {})
@@ -414,7 +433,13 @@ def test_no_key_no_run(go, monkeypatch: pytest.MonkeyPatch) -> None:
         ("--max_usd=nan", "max_usd=nan"),
         ("--max_usd=-1", "max_usd"),
         ("--max_itms=3", "max_items"),
-        ("--config.writer.base_url=example.org", "base_url"),
+        *((f"--config.writer.base_url={url}", "base_url") for url in ("example.org", "http://", "http://h:x/v1")),
+        *(
+            (f"--config.writer.base_url={url}", "base_url")
+            for url in ("http://h:80000/v1", "http://[::1/v1", "http://a b")
+        ),
+        ("--out=", "--out= must name a .jsonl file"),
+        ("--out=cot.fold0", "--out=cot.fold0"),
         ("surplus", "surplus"),
         ("--manifest=other.jsonl", "manifest.jsonl"),
         ("--manifest=/nowhere", "no manifest"),
@@ -572,6 +597,33 @@ def test_a_cut_last_line_is_dropped_and_a_broken_one_named(tmp_path: Path) -> No
     path.write_bytes(b'{"a": 1}\nx\n{"a": 2}\n')
     with pytest.raises(DataError, match=r"x\.jsonl:2"):
         ledger.Journal(path)
+
+
+def test_a_line_that_was_removed_from_the_ledger_costs_its_answer_alone(tmp_path: Path) -> None:
+    path = tmp_path / "l.jsonl"
+    book = ledger.Ledger(path, {})
+    for key in ("a", "b"):
+        book.got(book.sent(key, "u0", "m", 100, 0.5), 0.25, answer=Answer(key, "stop", ""), error="")
+    book.close()
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if '"sent": 1' not in line))
+    again = ledger.Ledger(path, {})
+    assert set(again.answers) == {"b"}
+    assert (again.spent, again.lost) == (0.5, 0.25)
+    again.close()
+
+
+def test_a_table_has_no_place_for_reasonings(go) -> None:
+    with serving() as server:
+        go(1, server)
+    (go.root / "manifest.jsonl").unlink()
+    table = "id,audio,transcript,speaker,fold,votes.sadness\nu0,clip.wav,item-0,s0,0,6\n"
+    (go.root / "manifest.csv").write_text(table)
+    with pytest.raises(ConfigError, match="python -m ambijax"):
+        go(1, None, "--merge")
+    assert [path.name for path in go.root.glob("manifest.*")] == ["manifest.csv"]
+    with pytest.raises(ConfigError, match="give one of them"):
+        go(1, None, "--merge", "--dry_run")
 
 
 # Rate limits ---------------------------------------------------------------------------------------------------------

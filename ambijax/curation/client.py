@@ -14,6 +14,7 @@ import math
 import os
 import random
 import time
+import urllib.parse
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -91,6 +92,16 @@ class _Failure:
     stop: bool = False  # no other request would fare better
     limited: bool = False  # all requests to this model have to wait
     wait: float | None = None  # seconds the server asks for
+
+
+def is_url(url: str) -> bool:
+    """Whether an endpoint can have this base URL: http or https, a host, and if any a port that is one."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:  # of a bracket or a port
+        return False
+    return parts.scheme in ("http", "https") and bool(host) and not any(c.isspace() for c in url)
 
 
 class Client:

@@ -3,7 +3,7 @@
 Two files, one JSON line a record, fsynced when it holds something that was paid for:
 
     cot.jsonl           one line an item that ended: {"id", "status", "reason", "attempts", "teacher", "cot"}
-    cot.ledger.jsonl    {"settings"} once; {"sent": n, ...} before a request leaves; {"got": n, ...} when it has ended
+    cot.ledger.jsonl    {"settings"} first; {"sent": n, ...} before a request leaves; {"got": n, ...} when it has ended
 
 An answer is in the ledger before anything is done with it, and the dialogue about an item is a function of the
 answers. So a restarted run replays the ledger, pays for nothing it already holds, and stands where the last one fell.
@@ -97,6 +97,11 @@ def results(path: Path) -> list[dict]:
     return records
 
 
+def finished(path: Path) -> set[str]:
+    """The ids of the items that ended so far and did not fail; see `results`."""
+    return {record["id"] for record in results(path) if record["status"] != "failed"}
+
+
 def forget_failed(path: Path) -> None:
     """Rewrites the results without the failed items, whole or not at all, so that this run tries them again."""
     if not path.is_file():
@@ -131,11 +136,16 @@ class Ledger:
       spent: USD of all requests in the file; one whose end is unknown counts at its highest possible price.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, object]):
+    def __init__(self, path: Path, settings: Mapping[str, object], *, ended: bool = False):
         """Opens or begins the ledger of a run with these settings.
 
+        Args:
+          path: the file.
+          settings: what may not change once there is an answer, or an item has `ended`.
+          ended: whether an item has.
+
         Raises:
-          ConfigError: the file was begun with other settings; names them.
+          ConfigError: they have changed all the same; names them.
         """
         self._journal = Journal(path)
         self.answers: dict[str, Answer] = {}
@@ -143,15 +153,16 @@ class Ledger:
         self._ended: list[tuple[str, int, float]] = []  # model, tokens, time
         self.spent = self._lost = 0.0
         settings = json.loads(json.dumps(settings))  # as they read from the file
-        begun = next((r["settings"] for r in self._journal.records if "settings" in r), None)
-        if begun is None:
-            self._journal.append({"settings": settings})
-        elif changed := sorted(k for k in begun.keys() | settings.keys() if begun.get(k) != settings.get(k)):
-            self._journal.close()
-            was = ", ".join(f"{k}: {begun.get(k)!r} is now {settings.get(k)!r}" for k in changed)
-            raise ConfigError(f"{path} was begun with other settings ({was}); restore them or choose another --out")
         for record in self._journal.records:
             self._count(record)
+        begun = next((r["settings"] for r in reversed(self._journal.records) if "settings" in r), None)
+        if begun and begun != settings and (ended or self.answers):
+            self._journal.close()
+            changed = sorted(k for k in begun.keys() | settings.keys() if begun.get(k) != settings.get(k))
+            was = ", ".join(f"{k}: {begun.get(k)!r} is now {settings.get(k)!r}" for k in changed)
+            raise ConfigError(f"{path} was begun with other settings ({was}); restore them or choose another --out")
+        if begun != settings:
+            self._journal.append({"settings": settings})
         self._next = 1 + max((r["sent"] for r in self._journal.records if "sent" in r), default=0)
 
     def _count(self, record: dict) -> None:
@@ -159,10 +170,11 @@ class Ledger:
             self._open[record["sent"]] = record
             self.spent += record["usd"]
         elif "got" in record:
-            sent = self._open.pop(record["got"])
-            self._ended.append((sent["model"], sent["tokens"], record["time"]))
-            self.spent += record["usd"] - sent["usd"]
-            if record["answer"] is not None:
+            sent = self._open.pop(record["got"], None)
+            self.spent += record["usd"] - (sent["usd"] if sent else 0.0)
+            if sent:
+                self._ended.append((sent["model"], sent["tokens"], record["time"]))
+            if sent and record["answer"] is not None:  # a damaged line about its sending has been removed: it is lost
                 self.answers[sent["key"]] = Answer(**record["answer"])
             else:
                 self._lost += record["usd"]
