@@ -18,6 +18,7 @@ Only the full window of 3,000 frames may be filled to the end, because there the
 """
 
 import functools
+import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,11 +58,11 @@ def load(path: str | Path) -> np.ndarray:
     import soundfile  # here, so that a command which reads no sound starts faster
 
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
     try:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
         _assert_whole(path)
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(os.fsencode(path)) as file:  # names are bytes, and not always text
             rate = file.samplerate
             limit = SECONDS * rate + 1  # one frame more tells `check` that the clip is too long
             samples = file.read(limit, dtype="float32", always_2d=True)
@@ -82,7 +83,7 @@ def declared_frames(path: Path) -> int:
     import soundfile
 
     try:
-        about = soundfile.info(path)
+        about = soundfile.info(os.fsencode(path))
     except (OSError, soundfile.SoundFileError, TypeError):
         return mel_frames(len(load(path)))  # which says what is wrong with it
     n = min(about.frames, SECONDS * about.samplerate)
@@ -90,7 +91,7 @@ def declared_frames(path: Path) -> int:
 
 
 def _assert_whole(path: Path) -> None:
-    """Finds what libsndfile is silent about: pointer files, and wavs shorter than their header says."""
+    """Finds what libsndfile is silent about: pointer files, and wavs and aiffs shorter than their header says."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(12)
@@ -98,11 +99,13 @@ def _assert_whole(path: Path) -> None:
             raise DataError(f"{path}: the file is empty")
         if head == b"version http":
             raise DataError(f"{path}: a git-lfs pointer, not the sound itself; run `git lfs pull` in its repository")
-        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+        kinds = {b"RIFFWAVE": ("little", b"data"), b"FORMAIFF": ("big", b"SSND"), b"FORMAIFC": ("big", b"SSND")}
+        if (kind := head[:4] + head[8:]) not in kinds:
             return  # elsewhere decoding fails or ends early
+        order, sound = kinds[kind]
         while len(header := file.read(8)) == 8:
-            length = int.from_bytes(header[4:], "little")
-            if header[:4] == b"data":
+            length = int.from_bytes(header[4:], order)
+            if header[:4] == sound:
                 present = size - file.tell()
                 if length > present and length != 0xFFFFFFFF:  # all ones: written to a pipe, length unknown
                     raise DataError(f"{path}: truncated, {present} of {length} data bytes are there; copy it again")

@@ -106,9 +106,11 @@ def _what(about: About) -> str:
 
 
 def _use(about: About) -> str:
-    base = f', checkpoint="{_named(about.base_model)}"' if about.kind == "peft" else ""
+    base, where = "", ""
+    if about.kind == "peft":
+        base, where = ", checkpoint=base", f'base = "path/to/{_named(about.base_model)}"  # downloaded before\n'
     return (
-        f'```python\nimport ambijax\n\nmodel = ambijax.load("this_directory"{base})\n'
+        f'```python\nimport ambijax\n\n{where}model = ambijax.load("this_directory"{base})\n'
         'model.predict("clip.wav").distribution\n```\n\n'
         "With transformers (4.57 or 5), the distribution is the softmax over the class words' logits right after "
         f'"{prompt.ANCHOR}": see docs/export.md of ambijax for the program. `ambijax.json` holds the class words.'

@@ -14,6 +14,21 @@ IEMOCAP = ("anger", "happiness", "sadness", "neutral")
 CREMAD = (*IEMOCAP, "disgust", "fear")
 
 
+def classes(text: str) -> tuple[str, ...]:
+    """Class words as a command line lists them.
+
+    Raises:
+      ConfigError: an empty word, or one that stands twice.
+
+    >>> classes("anger, neutral")
+    ('anger', 'neutral')
+    """
+    words = tuple(word.strip() for word in text.split(","))
+    if not all(words) or len(set(words)) < len(words):
+        raise ConfigError(f"class words must be distinct and not empty, separated by commas, not {text!r}")
+    return words
+
+
 def soft_label(votes: Mapping[str, float], labels: Sequence[str]) -> np.ndarray:
     """Vote counts to the distribution p over `labels`.
 

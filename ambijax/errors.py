@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 configuration, 3 data, 4 training became non-finite, 75 pr
 1 anything else.
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -46,6 +47,8 @@ def run(main: Callable[[], None]) -> None:
 
     Set AMBIJAX_TRACEBACK=1 to see the traceback as well.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
     try:
         main()
     except AmbijaxError as error:

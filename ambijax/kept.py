@@ -12,8 +12,8 @@ import dataclasses
 import hashlib
 import os
 import sys
-import tempfile
 import time
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +78,7 @@ class Shelf:
         found = Kept(self._root / key[:2] / key, shape, dtype)
         if found.read() is not None:
             return found
-        if found.path.exists():
+        if os.access(found.path, os.R_OK):
             self.damaged.append(found.path)
         return None
 
@@ -91,14 +91,14 @@ class Shelf:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             (self._root / "partial").mkdir(exist_ok=True)
-            descriptor, partial = tempfile.mkstemp(prefix=key, dir=self._root / "partial")
+            partial = self._root / "partial" / f"{key}-{uuid.uuid4().hex}"
             try:
-                with os.fdopen(descriptor, "wb") as file:
+                with partial.open("xb") as file:  # for all whom the umask lets read, unlike a temporary file
                     file.write(data)
                     file.write(_sha256(key, data))
                 os.replace(partial, path)
             except OSError:
-                os.unlink(partial)
+                partial.unlink(missing_ok=True)
                 raise
         except OSError as error:
             print(f"{self._root}: nothing more is kept for later runs: {error.strerror}", file=sys.stderr)

@@ -97,7 +97,10 @@ class Model:
             alone = None if transcripts is None else [transcripts]
             options = {"batch_size": batch_size, "samples": samples, "temperature": temperature, "seed": seed}
             return self.predict([clips], alone, **options)[0]
-        transcripts = transcripts or [""] * len(clips)
+        size = batch_size or self.setting.config.eval.batch_size
+        if size < 1 or samples < 1:
+            raise ConfigError(f"batch_size={batch_size} and samples={samples} must be at least 1")
+        transcripts = [""] * len(clips) if transcripts is None else transcripts
         if isinstance(transcripts, str) or len(transcripts) != len(clips):
             raise ConfigError(f"{len(transcripts)} transcripts for {len(clips)} clips; give one each, or none")
         heard = [
@@ -107,8 +110,8 @@ class Model:
         key = jax.random.key(seed)
         temperature = temperature if samples > 1 else 0.0
         predictions = []
-        for start in range(0, len(heard), batch_size or self.setting.config.eval.batch_size):
-            part = slice(start, start + (batch_size or self.setting.config.eval.batch_size))
+        for start in range(0, len(heard), size):
+            part = slice(start, start + size)
             with jax.set_mesh(self.setting.mesh):
                 asked = self._asked(heard[part], transcripts[part])
                 rolled = self.setting.rollout(self.variables, asked, key, samples, temperature)
@@ -150,7 +153,7 @@ class Model:
         clips = [features.Clip(audio.mel_frames(len(clip)), lambda clip=clip: clip) for clip in heard]
         sounds = list(features.encode(self.setting.model, self.variables, self.setting.mesh, clips, windows))
         tokens = [
-            np.array(prompt.encode_prompt(v, text, sound.tokens, style=self.setting.style), np.int32)
+            np.array(prompt.encode_prompt(v, text or "", sound.tokens, style=self.setting.style), np.int32)
             for text, sound in zip(transcripts, sounds, strict=True)
         ]
         size = sharding.round_up(1 << (len(heard) - 1).bit_length(), self.setting.mesh)
@@ -198,6 +201,8 @@ def load(
       ConfigError: none of these, or something is missing or does not fit; says what.
     """
     model = Path(model)
+    if isinstance(labels, str):
+        raise ConfigError(f"labels must be a list of class words, not {labels!r}")
     if peft.is_directory(model):
         return _load_peft(model, base, labels, checkpoint)
     if not (model / "config.json").is_file():
@@ -224,6 +229,8 @@ def load(
 
 def _load_peft(directory: Path, base: bool, labels: Sequence[str] | None, checkpoint: str | Path | None) -> Model:
     lora, name = peft.describe(directory)
+    if checkpoint and not (Path(checkpoint) / "config.json").is_file():
+        raise ConfigError(f"{checkpoint} is no checkpoint: it has no config.json; {directory} adapts {name!r}")
     checkpoint = Path(checkpoint or name)
     if not (checkpoint / "config.json").is_file():
         raise ConfigError(f"{directory} adapts {name!r}, which is not here; say where it lies with checkpoint")

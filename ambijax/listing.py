@@ -19,13 +19,14 @@ class Clip(NamedTuple):
     transcript: str = ""
 
 
-def clips(names: Sequence[str], columns: tuple[str, str]) -> Iterator[Clip]:
+def clips(names: Sequence[str], columns: tuple[str, str] | None = None) -> Iterator[Clip]:
     """Clips in the order of `names`, the content of a folder or a glob sorted.
 
     Args:
       names: a sound file; a folder, searched with all below it; a glob, which the shell may have left to us; a `.csv`
         table; `-` for a list of any of these on stdin, one a line.
-      columns: the table's columns of paths (relative to the table) and of transcripts; the second may be absent.
+      columns: the table's columns of paths (relative to the table) and of transcripts; None: 'audio' and, if there,
+        'transcript'.
 
     Raises:
       DataError: a folder or glob without sound files, a table that cannot be read.
@@ -35,9 +36,10 @@ def clips(names: Sequence[str], columns: tuple[str, str]) -> Iterator[Clip]:
         if name == "-":
             yield from clips([line.strip() for line in sys.stdin if line.strip()], columns)
         elif path.is_dir():
-            yield from map(Clip, _found(name, path.rglob("*")))
+            seen = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+            yield from map(Clip, _found(name, seen))
         elif path.suffix.lower() == ".csv":
-            yield from _table(path, *columns)
+            yield from _table(path, columns)
         elif not path.exists() and glob.has_magic(name):
             yield from map(Clip, _found(name, map(Path, glob.glob(name, recursive=True))))
         else:
@@ -52,14 +54,25 @@ def _found(name: str, paths: Iterable[Path]) -> list[Path]:
     return found
 
 
-def _table(path: Path, audio: str, transcript: str) -> Iterator[Clip]:
+def _table(path: Path, columns: tuple[str, str] | None) -> Iterator[Clip]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file, strict=True)
+            header, rows = reader.fieldnames or [], [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not a readable table ({error})") from None
-    if not rows or not rows[0].get(audio):
-        have = ", ".join(map(str, rows[0])) if rows else "no rows"
-        raise DataError(f"{path}: no column '{audio}' with paths (it has {have}); name it with --columns")
-    for row in rows:
-        yield Clip(path.parent / (row[audio] or ""), row.get(transcript) or "")
+    audio, transcript = columns or ("audio", "transcript")
+    said = columns or any(name.strip().lower() == transcript for name in header)
+    if absent := [name for name in ((audio, transcript) if said else (audio,)) if header.count(name) != 1]:
+        many = "more than one" if absent[0] in header else "no"
+        raise DataError(f"{path}: {many} column {absent[0]!r} (it has {', '.join(header)}); name it with --columns")
+    if not rows:
+        raise DataError(f"{path}: no rows under its header")
+    for line, row in rows:
+        if None in row or None in row.values():
+            raise DataError(
+                f"{path}:{line}: another number of cells than the header has; put text with commas in quotes"
+            )
+        if not row[audio]:
+            raise DataError(f"{path}:{line}: no path in column {audio!r}")
+        yield Clip(path.parent / row[audio], row.get(transcript, ""))

@@ -17,6 +17,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -111,8 +112,16 @@ def _utterance(record: object, where: str) -> Utterance:
     for emotion, count in record["votes"].items():
         if not isinstance(count, int | float) or isinstance(count, bool) or not 0 <= count <= _VOTES_MAX:
             raise DataError(f"{where}: the votes for {emotion!r} must be a number of annotators, got {count!r}")
+        if not emotion.strip():
+            raise DataError(f"{where}: votes are for an emotion without a name")
+    if record["fold"] < 0:
+        raise DataError(f"{where}: fold must be 0 or more, got {record['fold']}")
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: holds half a character ({error.reason}); write its text anew") from None
     audio = PurePosixPath(record["audio"])
-    if not record["audio"].isprintable():
+    if any(unicodedata.category(character) == "Cc" for character in record["audio"]):
         raise DataError(f"{where}: audio must be a path, got {record['audio']!r}")
     if "://" in record["audio"]:
         raise DataError(f"{where}: audio must be a path under the manifest's directory, not the URL {record['audio']}")
@@ -128,9 +137,15 @@ def _jsonl(path: Path) -> Iterator[tuple[str, object]]:
             where = f"{path}:{number}"
             try:
                 if line.strip():
-                    yield where, json.loads(line)
+                    yield where, json.loads(line, object_pairs_hook=_unique)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: not JSON: {error}") from None
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(record := dict(pairs)) < len(pairs):
+        raise ValueError(f"a key stands twice in {', '.join(key for key, _ in pairs)}")
+    return record
 
 
 def _csv(path: Path) -> Iterator[tuple[str, object]]:
@@ -138,6 +153,9 @@ def _csv(path: Path) -> Iterator[tuple[str, object]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
+            header = reader.fieldnames or []
+            if len(set(header)) < len(header):
+                raise DataError(f"{path}: a column stands twice in {', '.join(header)}")
             for row in reader:
                 where = f"{path}:{reader.line_num}"
                 yield where, _from_row(row, where)
@@ -203,15 +221,16 @@ def _about(root: Path) -> tuple[Path | None, str, tuple[str, ...]]:
     if not path.is_file():
         return None, "", ()
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        audio_root, description = about["audio_root"], about["description"]
-        labels = tuple(about["labels"]) if "labels" in about else ()
+        about = json.loads(path.read_text(encoding="utf-8-sig"))
+        audio_root, description, labels = about["audio_root"], about["description"], about.get("labels", [])
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise TypeError
         audio = root / audio_root if audio_root else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f'{path} must look like {{"description": "...", "audio_root": "..."}}') from None
     if audio is not None and not audio.is_dir():
         raise ConfigError(f"{path}: audio_root {audio_root} is no directory; name the one where the audio lies now")
-    return audio, description, labels
+    return audio, description, tuple(labels)
 
 
 def check_sounds(corpus: Corpus) -> None:

@@ -38,8 +38,11 @@ _TOWER = "audio_tower"
 _OFF = {
     **{"use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "lora_bias": False, "bias": "none"},
     **{"use_qalora": False, "alora_invocation_tokens": None, "modules_to_save": None, "layers_to_transform": None},
-    **{"rank_pattern": {}, "alpha_pattern": {}},
+    **{"rank_pattern": {}, "alpha_pattern": {}, "layer_replication": None, "use_bdlora": None, "kasa_config": None},
+    **{"velora_config": None, "monteclora_config": None, "arrow_config": None, "target_parameters": None},
+    "trainable_token_indices": None,
 }
+_INITIAL = (True, False, "gaussian", "eva", "orthogonal")  # other ways to begin (PiSSA, OLoRA, ...) change the base
 
 
 def is_directory(path: str | Path) -> bool:
@@ -104,7 +107,9 @@ def describe(directory: str | Path) -> tuple[LoraConfig, str]:
     about = hugging_face.read_json(path)
     if about.get("peft_type") != "LORA":
         raise ConfigError(f"{path}: peft_type is {about.get('peft_type')!r}; only LORA can be read")
-    if odd := [f"{key}={about[key]!r}" for key, off in _OFF.items() if (about.get(key) or off) != off]:
+    odd = [f"{key}={about[key]!r}" for key, off in _OFF.items() if (about.get(key) or off) != off]
+    odd += [f"{key}={about[key]!r}" for key in ("init_lora_weights",) if about.get(key, True) not in _INITIAL]
+    if odd:
         raise ConfigError(f"{path}: this model has no {', '.join(odd)}; merge the adapter with PEFT and use the result")
     rank, alpha = about.get("r"), about.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
@@ -121,7 +126,7 @@ def load(directory: str | Path, config: LoraConfig) -> dict:
       config: what the model is built with; rank and alpha must be the adapter's.
 
     Raises:
-      ConfigError: damaged, of another rank or alpha, or not exactly one pair for every projection of the decoder.
+      ConfigError: damaged, not finite, of another rank or alpha, or not one pair for every projection of the decoder.
     """
     theirs, _ = describe(directory)
     if (theirs.rank, theirs.alpha) != (config.rank, config.alpha):
@@ -152,6 +157,8 @@ def load(directory: str | Path, config: LoraConfig) -> dict:
             if len({v.shape for v in values}) > 1 or any(v.ndim != 2 for v in values):
                 raise ConfigError(f"{path}: {module} has layers of different shapes")
             lora[f"{module}/{leaf}"] = np.stack([v.T for v in values]).astype(np.float32)
+            if not np.isfinite(lora[f"{module}/{leaf}"]).all():
+                raise ConfigError(f"{path}: {module} holds NaN or infinity; export the adapter again")
     if tensors:
         raise ConfigError(f"{path}: {len(tensors)} tensors that this model has no place for ({some(tensors)})")
     return flax.traverse_util.unflatten_dict(lora, sep="/")

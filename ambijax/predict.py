@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tqdm
 
-from ambijax import audio, compilation, errors, listener, listing
+from ambijax import audio, compilation, emotions, errors, listener, listing
 from ambijax.errors import ConfigError, DataError
 from ambijax.listener import Model, Prediction
 
@@ -65,7 +65,7 @@ def _record(path: Path, result: Prediction | DataError) -> dict:
 @contextlib.contextmanager
 def _file(out: Path, labels: Sequence[str]) -> Iterator[Callable[[dict], None]]:
     """Opens a .jsonl or .csv file and yields what writes a record into it, at once."""
-    with out.open("x", encoding="utf-8", newline="", buffering=1) as file:
+    with out.open("x", encoding="utf-8", errors="backslashreplace", newline="", buffering=1) as file:
         if out.suffix == ".jsonl":
             yield lambda record: file.write(json.dumps(record, ensure_ascii=False) + "\n")
             return
@@ -94,7 +94,7 @@ def _arguments() -> argparse.Namespace:
     add("clips", nargs="+", help="sound files, folders, globs, .csv tables, or - for a list of these on stdin")
     add("--model", required=True, type=Path, help="run directory, export, PEFT adapter or Qwen2-Audio checkpoint")
     add("--transcript", action="append", help="what is said; once for each clip, in order")
-    add("--columns", default="audio,transcript", help="of a .csv table: paths, transcripts")
+    add("--columns", help="of a .csv table: paths, transcripts; by default audio and, if there, transcript")
     add("--out", type=Path, help="a .csv or .jsonl file to write; without it results are printed")
     add("--json", action="store_true", help="print one JSON object a clip and line")
     add("--base", action="store_true", help="the model before training")
@@ -107,7 +107,9 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _clips(names: Sequence[str], columns: tuple[str, str], transcripts: Sequence[str] | None) -> list[listing.Clip]:
+def _clips(
+    names: Sequence[str], columns: tuple[str, str] | None, transcripts: Sequence[str] | None
+) -> list[listing.Clip]:
     """What is to be heard; if none of it can be, that is said before a model is read."""
     clips = list(listing.clips(names, columns))
     if not clips:
@@ -133,12 +135,12 @@ def main() -> None:
         raise ConfigError(f"--out {args.out} must be a .csv or .jsonl file that does not exist yet")
     if args.out and not args.out.parent.is_dir():
         raise ConfigError(f"--out {args.out}: there is no directory {args.out.parent}")
-    columns = args.columns.split(",")
-    if len(columns) != 2 or args.samples < 1 or (args.batch_size or 1) < 1 or args.temperature <= 0:
+    columns = tuple(args.columns.split(",")) if args.columns else None
+    if (columns and len(columns) != 2) or args.samples < 1 or (args.batch_size or 1) < 1 or args.temperature <= 0:
         raise ConfigError("--columns names two; --samples, --batch_size and --temperature are positive")
-    clips = _clips(args.clips, tuple(columns), args.transcript)
+    labels = emotions.classes(args.labels) if args.labels else None
+    clips = _clips(args.clips, columns, args.transcript)
     compilation.keep()
-    labels = args.labels.split(",") if args.labels else None
     model = listener.load(args.model, base=args.base, labels=labels, checkpoint=args.checkpoint)
     options = {key: getattr(args, key) for key in ("batch_size", "samples", "temperature", "seed")}
     printed = contextlib.nullcontext(functools.partial(_print, as_json=args.json))

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ambijax import audio, errors, manifest, metrics
+from ambijax import audio, emotions, errors, manifest, metrics
 from ambijax.corpora import cremad, iemocap, own
 from ambijax.corpora.release import Release
 from ambijax.emotions import soft_label
@@ -118,13 +118,13 @@ def _read(args: argparse.Namespace) -> Release:
         return cremad.read(args.root, votes=args.votes or "tabulated", ten_second_rule=bool(args.ten_second_rule))
     if args.corpus == "iemocap":
         return iemocap.read(args.root, keep=args.keep or "consensus", fractional=bool(args.fractional))
-    try:
-        words = dict(pair.split(":") for pair in args.rename.split(",")) if args.rename else {}
-    except ValueError:
-        raise ConfigError(f"--rename={args.rename} must look like happy:happiness,joy:happiness") from None
+    pairs = [pair.split(":") for pair in args.rename.split(",")] if args.rename else []
+    if any(len(pair) != 2 or not all(map(str.strip, pair)) for pair in pairs):
+        raise ConfigError(f"--rename={args.rename} must look like happy:happiness,joy:happiness")
     if args.out.resolve() == args.root.resolve():
         raise ConfigError("--out must not be --root: the manifest that is read would be overwritten")
-    return own.read(args.root, labels=args.labels.split(",") if args.labels else (), words=words)
+    words = {theirs.strip(): ours.strip() for theirs, ours in pairs}
+    return own.read(args.root, labels=emotions.classes(args.labels) if args.labels else (), words=words)
 
 
 def _assert_no_pointers(paths: dict[str, Path], root: Path) -> None:
@@ -188,7 +188,7 @@ def _vote_defects(release: Release) -> dict[str, str]:
 
 
 def _write_bad_files(path: Path, rows: list[tuple[str, str, str]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("id", "audio", "reason"))
         writer.writerows(rows)

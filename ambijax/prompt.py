@@ -23,7 +23,7 @@ import numpy as np
 import tokenizers
 import tqdm
 
-from ambijax.errors import ConfigError
+from ambijax.errors import ConfigError, DataError
 from ambijax.reasoning import ANCHOR, STYLES
 
 
@@ -152,8 +152,15 @@ def instruction(transcript: str, labels: Sequence[str], *, style: str) -> str:
       transcript: what is said, put on one line; '' = none is given.
       labels: the class words it chooses from.
       style: of the answer, one of `reasoning.STYLES`.
+
+    Raises:
+      DataError: the transcript is no text that a tokenizer could read.
     """
     words = " ".join(transcript.split())
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"transcript {words!r} holds half a character; write it as UTF-8") from None
     said = f"Transcript: {words}" if words else "No transcript is given."
     return f"{said}\nHow do listeners hear this voice? {STYLES[style].task} {', '.join(labels)}."
 

@@ -226,6 +226,7 @@ BAD = {
     "wav short by a sample": (cut("WAV", 1 - 1 / 32_044), "truncated"),
     "half a flac": (cut("FLAC", 0.5), "corrupt|truncated"),
     "half an mp3": (cut("MP3", 0.5), "truncated"),
+    "half an aiff": (cut("AIFF", 0.5), "truncated"),
     "header only": (cut("WAV", 30 / 32_044), "corrupt"),
     "nan": (wav(with_nan), "1 samples are NaN or infinite"),
     "inf": (wav(with_inf), "1 samples are NaN or infinite"),
@@ -247,6 +248,11 @@ def test_bad_files_are_named_in_one_line(tmp_path, name):
         audio.load(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_no_disk_takes_is_a_bad_file_like_others(tmp_path):
+    with pytest.raises(DataError, match="File name too long"):
+        audio.load(tmp_path / f"{'x' * 300}.wav")
 
 
 def test_headerless_files_are_refused(tmp_path):

@@ -231,7 +231,7 @@ def test_the_card_says_what_the_run_was(run, tmp_path):
 def test_an_unevaluated_run_says_so_and_no_card_names_our_directories(exported):
     card = (exported / "README.md").read_text()
     assert "Not evaluated" in card
-    assert 'checkpoint="tiny"' in card
+    assert 'base = "path/to/tiny"' in card
     assert str(trained.TINY.parent) not in card
 
 
@@ -419,6 +419,9 @@ UP = "base_model.model.language_model.model.layers.1.mlp.up_proj.lora_A.weight"
         (lambda d: (d / "adapter_config.json").write_text("{"), "is not JSON"),
         (lambda d: edit(d, peft_type="IA3"), "peft_type is 'IA3'"),
         (lambda d: edit(d, use_dora=True, rank_pattern={"q": 4}), "no use_dora=True, rank_pattern="),
+        (lambda d: edit(d, init_lora_weights="pissa"), "no init_lora_weights='pissa'"),
+        (lambda d: edit(d, layer_replication=[[0, 2]]), "no layer_replication="),
+        (lambda d: rewrite(d, lambda t: t[UP].fill(np.nan)), "up_proj holds NaN or infinity"),
         (lambda d: edit(d, r=None), "r=None and lora_alpha=16 must be numbers"),
         (lambda d: edit(d, r=4), r"r=4, lora_alpha=16 there, lora\.rank=8, lora\.alpha=16 here"),
         (lambda d: (d / "adapter_model.safetensors").unlink(), r"adapter_model\.safetensors is missing"),

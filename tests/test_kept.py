@@ -206,6 +206,15 @@ def test_arrays_come_back(tmp_path, dtype, shape):
     assert kept.size(str(tmp_path)) == (1, array.nbytes + 32)
 
 
+def test_who_shares_a_directory_may_read_what_others_keep(tmp_path):
+    before = os.umask(0o027)
+    try:
+        found = kept.Shelf(str(tmp_path)).put(KEY, np.ones(3, np.float32))
+    finally:
+        os.umask(before)
+    assert found.path.stat().st_mode & 0o777 == 0o640
+
+
 def test_without_room_it_goes_on_and_says_so_once(tmp_path, capsys):
     (tmp_path / "file").touch()
     shelf = kept.Shelf(str(tmp_path / "file"))

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -185,7 +186,34 @@ def test_listing(tmp_path, monkeypatch):
     assert [c.path for c in listing.clips(["-"], columns)] == [found[1], *(c.path for c in table)]
     for name, message in ((tmp_path / "a/b/*.flac", "no sound file"), (tmp_path / "t.csv", "no column 'audio'")):
         with pytest.raises(DataError, match=message):
-            list(listing.clips([str(name)], ("audio", "transcript")))
+            list(listing.clips([str(name)]))
+
+
+def test_a_folder_has_no_clips_in_hidden_folders(tmp_path):
+    (tmp_path / ".trash").mkdir()
+    files = trained.wavs(tmp_path / "a", (0.1,))
+    shutil.copy(files[0], tmp_path / ".trash/b.wav")
+    assert [clip.path for clip in listing.clips([str(tmp_path)])] == files
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "message"),
+    [
+        ('audio,transcript\na.wav,"Hello\nb.wav,ok\n', None, "not a readable table"),
+        ("audio,transcript\na.wav,Yes, I do\n", None, "t.csv:2: another number of cells"),
+        ("audio,transcript\na.wav\n", None, "t.csv:2: another number of cells"),
+        ("audio,words\na.wav,Yes\n", ("audio", "wrods"), "no column 'wrods'"),
+        ("audio,Transcript\na.wav,Yes\n", None, "no column 'transcript'"),
+        ("audio,audio\na.wav,b.wav\n", None, "more than one column 'audio'"),
+        ("audio,transcript\n,Yes\n", None, "t.csv:2: no path in column 'audio'"),
+        ("audio\n", None, "no rows"),
+        ("", None, "no column 'audio'"),
+    ],
+)
+def test_a_table_that_would_lose_clips_or_words_is_refused(tmp_path, text, columns, message):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        list(listing.clips([str(tmp_path / "t.csv")], columns))
 
 
 # --- command
@@ -255,6 +283,8 @@ def test_mistakes_get_one_line(run, clips, tmp_path, monkeypatch, capsys):
         (["--model", tmp_path, broken], "broken.wav: not a readable sound file"),  # said before a model is looked for
         (["--model", tmp_path, "no.wav", broken], "no.wav: no such file; nor can any of the other 1 be heard"),
         (["--model", run, tmp_path / "sub"], "no sound file there"),
+        (["--model", run, clips[0], "--labels", "anger,,fear"], "class words must be distinct and not empty"),
+        (["--model", run, clips[0], "--transcript", "caf\udce9"], "holds half a character"),
     ):
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
         assert command(monkeypatch, *arguments) in (2, 3)
@@ -269,3 +299,18 @@ def test_a_clip_in_memory_is_guarded(model):
     sound = 0.1 * np.random.default_rng(0).standard_normal(16000)
     with pytest.raises(ConfigError, match="2 transcripts for 1 clips"):
         model.predict([sound], ["a", "b"])
+    for wrong in ({"batch_size": -1}, {"samples": 0}):
+        with pytest.raises(ConfigError, match="must be at least 1"):
+            model.predict([sound], **wrong)
+    with pytest.raises(ConfigError, match="must be a list of class words"):
+        ambijax.load(trained.TINY, labels="anger,fear")
+
+
+def test_names_of_files_need_not_be_text(run, clips, tmp_path, monkeypatch, capsys):
+    """As they come out of old archives: bytes in Latin-1."""
+    odd = tmp_path / os.fsdecode(b"caf\xe9.wav")
+    shutil.copy(clips[0], odd)
+    assert command(monkeypatch, "--model", run, odd, "--out", tmp_path / "a.csv") == 0
+    assert command(monkeypatch, "--model", run, odd, "--out", tmp_path / "a.jsonl") == 0
+    assert "caf\\udce9.wav" in (tmp_path / "a.csv").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8"))["audio"] == str(odd)

@@ -97,6 +97,7 @@ def test_csv_is_the_same_manifest(tmp_path):
         ("id,audio,transcript,speaker\na,a.wav,hm,s\n", "csv:2: missing fold"),
         ("id,audio,transcript,speaker,fold,anger\na,a.wav,hm,s,0,1\n", "csv:2: unknown field anger"),
         ('id,audio\n"a"b,c\n', "csv:2: not CSV"),
+        ("id,audio,votes.anger,votes.anger\na,a.wav,1,\n", "csv: a column stands twice in id, audio, votes"),
         ("id,audio,transcript,speaker,fold,votes.anger\n", "holds no utterance"),
     ],
 )
@@ -147,6 +148,10 @@ def without(name):
         (ROW | {"audio": "/etc/a.wav"}, "jsonl:2: audio must be relative"),
         (ROW | {"audio": "x/../../a.wav"}, "jsonl:2: audio must be relative"),
         (ROW | {"audio": "a\0.wav"}, "jsonl:2: audio must be a path"),
+        (ROW | {"transcript": "ok \ud83d"}, "jsonl:2: holds half a character"),
+        (ROW | {"votes": {"": 1}}, "jsonl:2: votes are for an emotion without a name"),
+        (ROW | {"fold": -1}, "jsonl:2: fold must be 0 or more, got -1"),
+        ('{"id": "a", "id": "b"}', "jsonl:2: not JSON: a key stands twice in id, id"),
         ([ROW], "jsonl:2: expected a JSON object, got list"),
         ('{"id": "a", "audio": "a.w', "jsonl:2: not JSON"),
         ("[" * 100_000, "jsonl:2: not JSON"),
@@ -157,6 +162,20 @@ def test_broken_lines_are_named(tmp_path, record, message):
     write_lines(tmp_path, ROW | {"id": "first"}, record)
     with pytest.raises(DataError, match=message):
         manifest.read(tmp_path)
+
+
+def test_names_of_files_in_any_script(tmp_path):
+    """With what writers of Persian, French and macOS put between letters."""
+    for name in ("wav/Rec 10.30\u202fAM.wav", "\u0645\u06cc\u200c\u062e.wav", "a\u00a0b.wav"):
+        write_lines(tmp_path, ROW | {"audio": name})
+        assert manifest.read(tmp_path).utterances[0].audio == name
+
+
+def test_corpus_json_may_come_from_an_editor(tmp_path):
+    write_lines(tmp_path, ROW)
+    about = {"description": "d", "audio_root": "", "labels": ["anger", "fear"]}
+    (tmp_path / "corpus.json").write_text(json.dumps(about), encoding="utf-8-sig")
+    assert manifest.read(tmp_path).labels == ("anger", "fear")
 
 
 def test_not_utf8_is_named(tmp_path):

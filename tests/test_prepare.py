@@ -309,6 +309,7 @@ def test_f33_the_same_sound_in_two_groups_is_pointed_out(tmp_path, capsys):
         (("--corpus=iemocap", "--ten_second_rule"), "--ten_second_rule belongs to --corpus=cremad"),
         (("--corpus=cremad", "--root=/nowhere"), "--root=/nowhere is no directory"),
         (("--corpus=manifest", "--rename=happy"), "must look like happy:happiness"),
+        (("--corpus=manifest", "--rename=happy:"), "must look like happy:happiness"),
         (("--corpus=manifest",), "--out must not be --root"),
         (("--corpus=iemocap",), "no Session1 to Session5"),
     ],
@@ -331,6 +332,27 @@ def test_a_filter_that_leaves_nothing_is_named(tmp_path):
     miniature.iemocap(tmp_path / "release", order, {"Ses01F_impro01_F000": "fru"})
     with pytest.raises(DataError, match="no utterance in IEMOCAP, consensus filter"):
         run(tmp_path / "release", tmp_path / "out", corpus="iemocap")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"labels": "anger,neutrall"}, "no vote on the class neutrall; votes are on anger, neutral"),
+        ({"labels": "anger,anger"}, "must be distinct"),
+        ({"labels": "anger,"}, "must be distinct and not empty"),
+        ({"rename": "angr:happiness"}, "no vote on the word to rename angr; votes are on anger, neutral"),
+    ],
+)
+def test_class_words_that_nobody_voted_on_are_named(tmp_path, flags, message):
+    own_corpus(tmp_path / "own", a={"anger": 1}, b={"neutral": 1})
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path / "own", tmp_path / "out", *(f"--{k}={v}" for k, v in flags.items()), corpus="manifest")
+
+
+def test_class_words_may_have_spaces_around_them(tmp_path):
+    own_corpus(tmp_path / "own", a={"angry": 1}, b={"neutral": 1})
+    run(tmp_path / "own", tmp_path / "out", "--labels=anger, neutral", "--rename=angry : anger", corpus="manifest")
+    assert manifest.read(tmp_path / "out").labels == ("anger", "neutral")
 
 
 def test_an_own_manifest_needs_two_classes_and_its_audio(tmp_path):

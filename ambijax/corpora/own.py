@@ -19,14 +19,20 @@ def read(root: Path, *, labels: Sequence[str], words: Mapping[str, str]) -> Rele
       words: emotion word -> class word, for a corpus that calls its classes otherwise.
 
     Raises:
-      ConfigError: no manifest, fewer than two classes, or audio that lies elsewhere.
+      ConfigError: no manifest, fewer than two classes, a class or word without a vote, or audio that lies elsewhere.
       DataError: a line is not an utterance.
     """
     corpus = manifest.read(root)
     if corpus.audio_root is not None:
         raise ConfigError(f"the audio of {root} is in {corpus.audio_root}; prepare the corpus from there")
     utterances = tuple(dataclasses.replace(u, votes=rename(u.votes, words)) for u in corpus.utterances)
-    labels = tuple(labels or sorted({emotion for u in utterances for emotion, n in u.votes.items() if n}))
+    voted, renamed = (
+        sorted({e for u in us for e, n in u.votes.items() if n}) for us in (corpus.utterances, utterances)
+    )
+    for what, asked, there in (("word to rename", words, voted), ("class", labels, renamed)):
+        if unknown := [word for word in asked if word not in there]:
+            raise ConfigError(f"{root}: no vote on the {what} {', '.join(unknown)}; votes are on {', '.join(there)}")
+    labels = tuple(labels or renamed)
     if len(labels) < 2:
         raise ConfigError(f"{root}: at least two classes are needed, got {', '.join(labels) or 'none'}")
     listed = {PurePosixPath(u.audio) for u in utterances}

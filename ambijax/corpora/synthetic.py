@@ -221,7 +221,7 @@ def write(root: str | Path, spec: Spec) -> manifest.Corpus:
     Raises:
       ConfigError: the directory holds something else, or cannot be written.
     """
-    root = Path(root)
+    root = Path(root).absolute()  # '.' has no name
     record = json.dumps({"generator": GENERATOR, **dataclasses.asdict(spec)}, indent=1) + "\n"
     if _complete(root, record):
         return manifest.read(root)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ambijax import audio, compilation, errors, listener
+from ambijax import audio, compilation, emotions, errors, listener
 from ambijax.corpora import synthetic
 from ambijax.errors import ConfigError
 
@@ -43,8 +43,8 @@ def main() -> None:
     from ambijax.demo import server
 
     compilation.keep()
+    labels = emotions.classes(args.labels) if args.labels else None
     listening = _listen(args.host, args.port)
-    labels = args.labels.split(",") if args.labels else None
     model = listener.load(args.model, base=args.base, labels=labels, checkpoint=args.checkpoint)
     with tempfile.TemporaryDirectory(prefix="ambijax-demo-") as directory:
         corpus = synthetic.write(Path(directory) / "examples", CORPUS)
@@ -67,8 +67,8 @@ def _listen(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}; choose another --host or --port") from None
     return listening
 
 
