@@ -12,6 +12,7 @@ p values are of two-sided sign-flip tests, and corrected by Holm over all measur
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ class System:
 
     name: str
     ids: tuple[str, ...]
+    labels: tuple[str, ...]  # the classes it predicted
     speakers: np.ndarray  # [N]
     values: dict[str, np.ndarray]  # measure -> [N]
     runs: dict[str, np.ndarray]  # measure -> mean of each run
@@ -51,27 +53,46 @@ def read(runs: Sequence[Path], evaluation: str) -> System:
     """The predictions of a system's runs.
 
     Raises:
-      DataError: a run has none.
+      DataError: a run has none, or not all, or they are of different classes.
     """
     values: dict[str, list[dict[str, float]]] = {}
-    speakers, means = {}, []
+    speakers, means, labels = {}, [], set()
     for run in runs:
-        records = predictions.read(run / "eval" / evaluation)
-        if not records:
-            raise DataError(f"no predictions in {run / 'eval' / evaluation}; python -m ambijax.evaluate --run {run}")
+        records, classes = _finished(run, evaluation)
+        labels.add(classes)
         p, q = (np.array([record[key] for record in records]) for key in ("target", "readout"))
         found = metrics.per_utterance(p, q)
         means.append({name: value.mean() for name, value in found.items()})
         for i, record in enumerate(records):
             speakers[record["id"]] = record["speaker"]
             values.setdefault(record["id"], []).append({name: value[i] for name, value in found.items()})
+    if len(labels) > 1:
+        raise DataError(f"{', '.join(map(str, runs))} predict different classes: {' and '.join(map(str, labels))}")
     return System(
         name=",".join(run.name for run in runs),
         ids=tuple(sorted(values)),
+        labels=labels.pop(),
         speakers=np.array([speakers[i] for i in sorted(values)]),
         values={m: np.array([np.mean([v[m] for v in values[i]]) for i in sorted(values)]) for m in means[0]},
         runs={m: np.array([mean[m] for mean in means]) for m in means[0]},
     )
+
+
+def _finished(run: Path, evaluation: str) -> tuple[list[dict], tuple[str, ...]]:
+    """The records of a run's evaluation, and its classes, once it is sure that they are all there."""
+    directory, again = run / "eval" / evaluation, f"python -m ambijax.evaluate --run {run}"
+    records = predictions.read(directory)
+    if not records:
+        raise DataError(f"no predictions in {directory}; {again}")
+    try:
+        summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+        clips, labels = summary["clips"], tuple(summary["labels"])
+        fit = all(len(r["target"]) == len(r["readout"]) == len(labels) and r["id"] and r["speaker"] for r in records)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{directory}: not finished, or not an evaluation ({error!r}); {again}") from None
+    if clips != len(records) or not fit:
+        raise DataError(f"{directory}: {len(records)} predictions of {clips} clips, or of other classes; {again}")
+    return records, labels
 
 
 def differences(systems: Sequence[System], config: FrozenConfigDict) -> list[Difference]:
@@ -82,12 +103,15 @@ def differences(systems: Sequence[System], config: FrozenConfigDict) -> list[Dif
       config: whose `eval` says how to resample.
 
     Raises:
-      DataError: they did not predict the same utterances.
+      DataError: they did not predict the same utterances and classes.
     """
     first, e = systems[0], config.eval
     several = len({len(next(iter(system.runs.values()))) for system in systems}) == 1 and len(first.runs["js"]) > 1
     found = []
     for system in systems[1:]:
+        if first.labels != system.labels:
+            both = " and ".join(", ".join(s.labels) for s in (first, system))
+            raise DataError(f"{first.name} and {system.name} predict different classes, {both}")
         if odd := set(first.ids) ^ set(system.ids):
             raise DataError(
                 f"{first.name} and {system.name} predict different utterances, {len(odd)} stand in one alone, for one "
@@ -132,6 +156,8 @@ def main() -> None:
     if len(args.systems) < 2:
         raise ConfigError("give two systems or more; each is compared with the first")
     systems = [read([Path(run) for run in system.split(",")], args.evaluation) for system in args.systems]
+    if len({system.name for system in systems}) < len(systems):  # the last parts of their paths are alike
+        systems = [dataclasses.replace(s, name=given) for s, given in zip(systems, args.systems, strict=True)]
     config = settings.load(args.systems[0].split(",")[0])
     print(table(systems, differences(systems, config)))
     print(

@@ -229,7 +229,18 @@ def _settings(args: argparse.Namespace, rest: list[str]) -> tuple[FrozenConfigDi
     corpus = manifest.read(args.corpus)
     if args.run and corpus.root.resolve() == Path(config.data.root).resolve():
         raise ConfigError(f"{args.corpus} is what {args.run} was trained on; leave --corpus out, and name a --split")
+    _assert_own_place(corpus.root.resolve(), workdir / "eval" / _name(args))
     return config, on_corpus(config, corpus, args.fold), workdir
+
+
+def _assert_own_place(root: Path, results: Path) -> None:
+    """Raises ConfigError: a corpus is called like a split, or like another corpus that has been evaluated here."""
+    if root.name.split("-")[0] in manifest.SPLITS:
+        raise ConfigError(f"{results} is for results on the run's own corpus; rename the directory {root}")
+    summary = results / "summary.json"
+    before = json.loads(summary.read_text(encoding="utf-8"))["root"] if summary.is_file() else str(root)
+    if before != str(root):
+        raise ConfigError(f"{results} is of {before}; move it away, or rename the directory {root}")
 
 
 def _evaluate(
@@ -286,7 +297,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     add(
         "--checkpoint", type=Path, help="a model no run has trained; takes --config and --workdir as ambijax.train does"
     )
-    add("--split", choices=("train", "dev", "test"), default="test")
+    add("--split", choices=manifest.SPLITS, default="test")
     add("--corpus", type=Path, help="another corpus: a manifest, or the directory it lies in")
     add("--fold", type=int, help="with --corpus: the fold to test on; all of the corpus without it")
     add("--base", action="store_true", help="evaluate the model without what the run trained")

@@ -27,10 +27,15 @@ def environment() -> dict:
 
 
 def commit() -> str | None:
-    """The commit of this checkout; None for an installed package."""
-    command = ["git", "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return found.stdout.strip() or None
+    """The commit of this checkout; None for an installed package, also in somebody's repository, and without git."""
+    root = Path(__file__).resolve().parents[1]
+    command = ["git", "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    except OSError:
+        return None
+    top, *head = found.stdout.splitlines() or [""]
+    return head[0] if found.returncode == 0 and Path(top).resolve() == root else None
 
 
 class Lines:

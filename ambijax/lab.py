@@ -150,7 +150,7 @@ def picture(found: Sequence[Ordering], close: float, alpha: float, path: Path) -
         axis.plot(d.mean, y, "s" if o.close else "o", color=colour, markersize=6.5, zorder=3)
     names = [f"{o.low} {'≈' if o.close else '<'} {o.high}   ({o.corpus})" for o in shown]
     axis.set_yticks(range(len(shown)), names)
-    axis.set_ylim(len(shown) - 0.5, -0.5)
+    axis.set_ylim(max(len(shown), 1) - 0.5, -0.5)
     style.tidy(axis, grid="y")
     axis.tick_params(axis="y", length=0)
     axis.set_xlabel(f"difference in JS, bits: first minus second, 95 % interval; grey: within {close}")

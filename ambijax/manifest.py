@@ -26,6 +26,8 @@ import numpy as np
 from ambijax.emotions import soft_label
 from ambijax.errors import ConfigError, DataError
 
+SPLITS = ("train", "dev", "test")
+
 
 @dataclasses.dataclass(frozen=True)
 class Utterance:

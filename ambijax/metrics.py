@@ -14,7 +14,7 @@ from ambijax.errors import NonFiniteError
 
 ECE_BINS = 15  # Guo et al., arXiv 1706.04599
 _CONSTANT = 1e-7  # probabilities closer than this are equal: the resolution of a float32 softmax
-_NORMALISED = 1e-4  # a row may miss one by this much: a distribution written with six digits
+NORMALISED = 1e-4  # a row may miss one by this much: a distribution written with six digits
 
 
 def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -143,7 +143,7 @@ def _distributions(*arrays: np.ndarray) -> list[np.ndarray]:
     for array in arrays:
         if array.size == 0:
             raise ValueError("no distribution to measure")
-        if np.any(array < 0) or np.any(np.abs(array.sum(axis=-1) - 1) > _NORMALISED):
+        if np.any(array < 0) or np.any(np.abs(array.sum(axis=-1) - 1) > NORMALISED):
             raise ValueError("rows must not be negative and must sum to one")
     # A probability that has no half would put an infinity into JS.
     return [np.where(array < np.finfo(np.float64).tiny, 0, array) for array in arrays]

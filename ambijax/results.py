@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ambijax import metrics, runs, significance
+from ambijax import metrics, predictions, runs, significance
 from ambijax.published import METRICS
 from ambijax.runs import Run
 from ambijax.typeset import Estimate, Line
@@ -27,7 +27,7 @@ class Units:
 
 def measured(run: Run) -> Units:
     """The predictions of one run."""
-    records = [json.loads(line) for line in (run.evaluation / "predictions.jsonl").read_text().splitlines()]
+    records = predictions.read(run.evaluation)
     p, q = (np.array([record[key] for record in records]) for key in ("target", "readout"))
     values = np.stack([getattr(metrics, name)(p, q) for name in METRICS], axis=1)
     speakers = np.array([record["speaker"] for record in records])

@@ -106,7 +106,8 @@ def seconds_per_step(runs: Sequence[Run]) -> float | None:
     """The median over what these runs have logged; None before the first step."""
     logs = [run.directory / "metrics.jsonl" for run in runs]
     lines = [line for log in logs if log.exists() for line in log.read_text().splitlines() if line.endswith("}")]
-    return statistics.median(json.loads(line)["seconds"] for line in lines) if lines else None
+    seconds = [line["seconds"] for line in map(json.loads, lines) if "seconds" in line]  # the last is of dev alone
+    return statistics.median(seconds) if seconds else None
 
 
 def execute(runs: Sequence[Run], jobs: int) -> list[Run]:

@@ -23,6 +23,7 @@ def _run(path, seed: int, ids: range, sharpness: float) -> None:
         q = sharpness * p + (1 - sharpness) * noise
         lines.append({"id": f"u{i}", "speaker": f"s{i % 3}", "target": p.tolist(), "readout": q.tolist()})
     (path / "eval/test/predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "eval/test/summary.json").write_text(json.dumps({"clips": len(lines), "labels": list("abcd")}))
 
 
 @pytest.fixture
@@ -61,6 +62,32 @@ def test_seeds_are_averaged_by_utterance(tmp_path):
     alone = [compare.read([tmp_path / f"run{seed}"], "test").values["js"] for seed in (0, 1)]
     both = compare.read([tmp_path / "run0", tmp_path / "run1"], "test")
     np.testing.assert_allclose(both.values["js"], np.mean(alone, axis=0))
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda d: (d / "summary.json").unlink(),
+        lambda d: (d / "summary.json").write_text(json.dumps({"clips": 9, "labels": list("abcd")})),
+        lambda d: (d / "summary.json").write_text(json.dumps({"clips": 5, "labels": list("abc")})),
+        lambda d: (d / "predictions.jsonl").write_text('{"id": "u0", "speaker": "s0", "target": [1, 0]}\n'),
+    ],
+)
+def test_half_an_evaluation_is_not_compared(tmp_path, harm):
+    _run(tmp_path / "a", 0, range(5), 0.5)
+    harm(tmp_path / "a/eval/test")
+    with pytest.raises(DataError, match="python -m ambijax"):
+        compare.read([tmp_path / "a"], "test")
+
+
+def test_other_classes_cannot_be_compared(tmp_path):
+    for name in "ab":
+        _run(tmp_path / name, 0, range(5), 0.5)
+    (tmp_path / "b/eval/test/summary.json").write_text(json.dumps({"clips": 5, "labels": list("abce")}))
+    with pytest.raises(DataError, match="different classes"):
+        compare.differences([compare.read([tmp_path / name], "test") for name in "ab"], CONFIG)
+    with pytest.raises(DataError, match="different classes"):
+        compare.read([tmp_path / name for name in "ab"], "test")
 
 
 def test_other_utterances_cannot_be_compared(tmp_path):

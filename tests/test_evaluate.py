@@ -336,6 +336,16 @@ def test_what_was_trained_on_is_no_other_corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate", f"--run={tmp_path}", f"--corpus={tmp_path / 'own/manifest.jsonl'}"])
     with pytest.raises(ConfigError, match="was trained on; leave --corpus out"):
         evaluate.main()
+    for name, message in (
+        ("test", "is for results on the run's own corpus"),
+        ("other", "is of /elsewhere/other; move"),
+    ):
+        (tmp_path / "eval/other").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "eval/other/summary.json").write_text('{"root": "/elsewhere/other"}')
+        manifest.write(manifest.Corpus(tmp_path / name, tuple(_utterances("ab"))))
+        monkeypatch.setattr(sys, "argv", ["evaluate", f"--run={tmp_path}", f"--corpus={tmp_path / name}"])
+        with pytest.raises(ConfigError, match=message):
+            evaluate.main()
 
 
 def _bare(workdir: Path, corpus: Path, clips: int) -> list[str]:

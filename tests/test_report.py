@@ -170,6 +170,35 @@ def test_a_bare_checkpoint_is_called_by_its_directory(made, tmp_path):
     assert [s.name for s in reading.read([run], "test", None).systems] == ["audio_reasoner"]
 
 
+def test_a_bare_checkpoint_called_base_is_not_the_base(made, tmp_path):
+    bare = tmp_path / "base"
+    subprocess.run(["cp", "-r", made[0], bare], check=True)
+    (bare / "eval/test/summary.json").write_text(json.dumps({"algorithm": "base"}))
+    shutil.rmtree(bare / "eval/test-base")
+    assert [s.name for s in reading.read([bare, made[0]], "test", None).systems] == ["base", f"base ({bare})", "GRPOz"]
+
+
+def test_another_corpus_has_its_own_sounds_and_name(made, tmp_path, no_figures):
+    """Its clips may be called like those of the corpus that the run was trained on."""
+    run, other = tmp_path / "run", runs.corpus(tmp_path / "other", 3)
+    subprocess.run(["cp", "-r", made[0], run], check=True)
+    shutil.copytree(run / "eval/test", run / "eval/other")
+    runs.lines(run / "eval/other/predictions.jsonl", _records(run, "test")[:3])
+    (run / "eval/other/summary.json").write_text(json.dumps({"root": str(other.root)}))
+    found = reading.read([run], "other", None)
+    assert found.corpus.root == other.root
+    assert "GRPOz on other" in _write([run], tmp_path / "out", split="other")
+
+
+def test_every_run_with_a_curve_is_in_the_legend(made, tmp_path):
+    """SFT logs no roll-outs, so that the first panel is not its."""
+    sft = runs.run(tmp_path / "sft", reading.read([made[0]], "test", None).corpus, "sft")
+    runs.lines(sft / "metrics.jsonl", [{"step": i, "loss": 1.0} for i in range(3)])
+    figure = figures.draw(reading.read([made[0], sft], "test", None))["learning_curves"].figure
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["GRPOz", "SFT"]
+
+
 def test_the_table_has_the_intervals_and_bounds_of_the_evaluation(made, tmp_path, no_figures):
     run = tmp_path / "run"
     subprocess.run(["cp", "-r", made[0], run], check=True)
@@ -263,12 +292,16 @@ def test_without_its_corpus_a_run_is_reported_without_sound(made, tmp_path, caps
     assert all(clip["audio"] for clip in _data(page)["clips"])
 
 
+UNFORCED = json.dumps({"id": "a", "speaker": "s", "reasoning": "", "js": 0, "format": 1, "tokens": 3}) + "\n"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
         ("eval/test/predictions.jsonl", None, "not evaluated yet"),
         ("config.json", None, "not a run directory"),
         ("eval/test/predictions.jsonl", "{}\n", "predictions.jsonl:1: id must be text"),
+        ("eval/test/predictions.jsonl", UNFORCED, "predictions.jsonl:1: forced must be a number"),
         ("eval/test/predictions.jsonl", "[1]\n", "predictions.jsonl:1: expected a JSON object"),
         ("eval/test/predictions.jsonl", "nonsense\n", "predictions.jsonl:1: not JSON"),
         ("eval/test/predictions.jsonl", "", "holds no prediction"),
@@ -286,7 +319,9 @@ def test_a_bad_run_is_one_line(made, tmp_path, name, text, says):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("value", [[0.5, 0.5], [1.0, 1.0, 0, 0, 0, 0], [float("nan")] * 6, "x", [-1, 2, 0, 0, 0, 0]])
+@pytest.mark.parametrize(
+    "value", [[0.5, 0.5], [1.0, 1.0, 0, 0, 0, 0], [float("nan")] * 6, "x", [-1, 2, 0, 0, 0, 0], [0.9995, 0, 0, 0, 0, 0]]
+)
 def test_a_read_out_that_is_no_distribution_is_refused(made, tmp_path, value):
     run = tmp_path / "run"
     subprocess.run(["cp", "-r", made[0], run], check=True)

@@ -116,6 +116,16 @@ def test_the_plan_adds_up(tmp_path):
     assert re.search(r"tiny base +4 +0 +0 +0.00 +0.0", text)
 
 
+def test_seconds_per_step_are_those_of_training(tmp_path):
+    """The last line of a run that is watched on dev has none."""
+    (run, *_) = [run for run in tables.all_runs(EXPERIMENTS, wanted(tmp_path)) if run.row == "GRPOz"]
+    assert runs.seconds_per_step([run]) is None
+    run.directory.mkdir(parents=True)
+    lines = [{"step": 0, "seconds": 3.0}, {"step": 1, "seconds": 5.0}, {"step": 2, "dev/js": 0.3}]
+    (run.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert runs.seconds_per_step([run]) == 4.0
+
+
 def test_a_plan_finds_mistakes_first(tmp_path):
     for change in ({"checkpoint": "nowhere"}, {"corpus": "cremad"}, {"overrides": ["--config.stepps=3"]}):
         with pytest.raises(errors.AmbijaxError):
@@ -132,10 +142,12 @@ def finish(run: runs.Run, readouts: list[list[float]] = Q) -> None:
     run.evaluation.mkdir(parents=True, exist_ok=True)
     settings.save(run.config, run.directory)
     records = [
-        {"id": f"{run.fold}{i}", "speaker": f"{run.fold}s{i % 2}", "target": P[i % 2], "readout": q}
+        {"id": f"{run.fold}{i}\u2028", "speaker": f"{run.fold}s{i % 2}", "target": P[i % 2], "readout": q}
         for i, q in enumerate(readouts)
     ]
-    (run.evaluation / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (run.evaluation / "predictions.jsonl").write_text(
+        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    )
     prior = {"js": 0.3, "bc": 0.7, "r2": 0.4, "brier": 0.1, "clips": len(records)}
     summary = {"clips": len(records), "commit": "c0ffee" * 7, "fold": run.fold, "bounds": {"prior": prior}}
     (run.evaluation / "summary.json").write_text(json.dumps(summary))

@@ -36,8 +36,8 @@ def workdir(tmp_path) -> Path:
     metrics(run, range(3))
     trained.wavs(tmp_path / "corpus", (0.3,))
     record = {"id": "one", "audio": "clip0.wav", "js": 0.25, "target": [0.5, 0.5, 0, 0, 0, 0], "readout": [1 / 6] * 6}
-    record |= {"transcript": CANARY, "reasoning": f"Keywords: {CANARY}"}
-    (run / "eval/test/predictions.jsonl").write_text(json.dumps(record) + "\n")
+    record |= {"transcript": CANARY, "reasoning": f"Keywords: {CANARY}\u2028"}
+    (run / "eval/test/predictions.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
     (run / "eval/test/summary.json").write_text(json.dumps({"root": str(tmp_path / "corpus")}))
     return run
 

@@ -1,6 +1,7 @@
 """A run's directory: found unwritable before work starts, held by one living process, free when that one is dead."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import textwrap
 
 import pytest
 
+from ambijax import journal
 from ambijax.errors import ConfigError
 from ambijax.workdir import check_writable, lock
 
@@ -75,3 +77,15 @@ def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(ConfigError, match=f"cannot write to {tmp_path}/run"):
         check_writable(tmp_path / "run")
+
+
+def test_without_git_and_outside_its_clone_there_is_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "__file__", str(tmp_path / "site-packages/ambijax/journal.py"))
+    (tmp_path / "site-packages/ambijax").mkdir(parents=True)
+    if shutil.which("git"):  # the repository of whoever installed it
+        subprocess.run(["git", "init", "-q", tmp_path], check=True)
+        once = ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"]
+        subprocess.run(["git", "-C", tmp_path, *once], check=True)
+        assert journal.commit() is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert journal.commit() is None

@@ -87,10 +87,10 @@ def learning_curves(report: Report) -> Drawn | None:
         axes.set_visible(False)
     figure.supxlabel("step", fontsize=9.5, color=style.MUTED)
     if len(report.runs) > 1:
-        _legend(figure, figure.axes[0])
+        _legend(figure, *panels)
     return Drawn(
         "Learning curves",
-        "On the training clips, as training saw them: thin line as logged, bold line smoothed.",
+        "As training saw them, dev on clips it did not learn from: thin line as logged, bold line smoothed.",
         figure,
         ("system", "metric", "step", "value"),
         rows,
@@ -330,9 +330,10 @@ def examples(report: Report) -> Drawn:
     )
 
 
-def _legend(figure: Figure, axes: matplotlib.axes.Axes) -> None:
-    """Names above the figure, in one row where they fit."""
-    handles, names = axes.get_legend_handles_labels()
+def _legend(figure: Figure, *axes: matplotlib.axes.Axes) -> None:
+    """The names that stand in any of the axes, above the figure, in one row where they fit."""
+    found = {name: handle for a in axes for handle, name in zip(*a.get_legend_handles_labels(), strict=True)}
+    names, handles = [*found], [*found.values()]
     width = 0.45 + 0.075 * max(map(len, names))  # inches of a handle and the longest name
     columns = max(1, int(figure.get_figwidth() / width))
     figure.legend(handles, names, loc="outside upper left", ncols=columns, handlelength=1.6, columnspacing=1.4)

@@ -71,7 +71,7 @@ def _title(report: Report) -> str:
 
 def _corpus(report: Report) -> str:
     """What the first run calls its corpus: the directory's name."""
-    return report.runs[0].config.data.root.rstrip("/").rsplit("/", 1)[-1]
+    return report.runs[0].root.name
 
 
 def _lead(report: Report) -> str:

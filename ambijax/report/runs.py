@@ -15,13 +15,12 @@ from pathlib import Path
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from ambijax import manifest, settings
+from ambijax import manifest, metrics, settings
 from ambijax.errors import AmbijaxError, ConfigError, DataError
 from ambijax.train import algorithm_title
 
 BASE = "base"
-_NUMBERS = ("js", "format", "tokens")  # fields of a prediction that must be one
-_SUM = 1e-3  # a written distribution may miss one by this much
+_NUMBERS = ("js", "format", "forced", "tokens")  # fields of a prediction that must be one
 ROLLOUTS = 24  # groups shown, spread evenly over the training
 
 
@@ -34,6 +33,7 @@ class Run:
     config: FrozenConfigDict
     environment: dict
     curves: list[dict]  # a logged step each
+    root: Path  # of the corpus that was asked about
     labels: tuple[str, ...]  # the classes of the predictions; on another corpus fewer than in the settings
     rollouts: list[dict]  # a group each, some of all
     after: list[dict]  # predictions of the trained model
@@ -101,7 +101,7 @@ def read(directories: Sequence[Path], split: str, corpus: Path | None) -> Report
     Args:
       directories: written by ambijax.train.
       split: which of their evaluations: test, dev, or the name of another corpus.
-      corpus: where the manifest lies now; None: where the first run's settings say.
+      corpus: where the manifest lies now; None: where the first run says.
 
     Raises:
       ConfigError: no run directory, or not evaluated yet, or of different classes.
@@ -123,15 +123,19 @@ def _run(directory: Path, split: str) -> Run:
     after = directory / "eval" / split / "predictions.jsonl"
     before = directory / "eval" / f"{split}-base" / "predictions.jsonl"
     if not after.is_file():
+        which = f"--split {split}" if split in manifest.SPLITS else "--corpus the manifest of another corpus"
         raise ConfigError(
             f"{directory} is not evaluated yet: {after} does not exist; let its training finish, "
-            f"or python -m ambijax.evaluate --run {directory} --split {split}"
+            f"or python -m ambijax.evaluate --run {directory} {which}"
         )
     if not after.stat().st_size:
         raise DataError(f"{after} holds no prediction; evaluate the run again")
     summary = after.with_name("summary.json")
     labels = _labels(summary, config)
     k = len(labels)
+    # Of its own corpus the settings know more than the evaluation, which may have been made on another machine.
+    own = split.split("-")[0] in manifest.SPLITS
+    root = config.data.root if own else str(_object(summary).get("root", config.data.root))
     environment = _object(directory / "env.json")
     return Run(
         directory=directory,
@@ -139,6 +143,7 @@ def _run(directory: Path, split: str) -> Run:
         config=config,
         environment=environment,
         curves=[_numbers(line) for _, line in _lines(directory / "metrics.jsonl") if finite(line.get("step"))],
+        root=Path(root),
         labels=labels,
         rollouts=_spread(directory / "samples.jsonl", len(config.data.labels)),
         after=[_prediction(line, where, k) for where, line in _lines(after)],
@@ -232,7 +237,7 @@ def finite(value: object) -> bool:
 def _distribution(value: object, what: str, k: int) -> None:
     if not isinstance(value, list) or len(value) != k or not all(finite(p) and p >= 0 for p in value):
         raise DataError(f"{what} must be {k} probabilities, got {value!r:.60}; evaluate the run again")
-    if abs(sum(value) - 1) > _SUM:
+    if abs(sum(value) - 1) > metrics.NORMALISED:
         raise DataError(f"{what} sums to {sum(value):.4f}, not to one; evaluate the run again")
 
 
@@ -267,6 +272,7 @@ def _systems(runs: list[Run]) -> list[System]:
     ]
     if len(set(names)) < len(names):
         names = [f"{name} ({run.directory})" for name, run in zip(names, runs, strict=True)]
+    names = [f"{name} ({run.directory})" if name == BASE else name for name, run in zip(names, runs, strict=True)]
     bases: list[System] = []
     for name, run in zip(names, runs, strict=True):
         if run.before and all(run.before != base.records for base in bases):
@@ -277,7 +283,7 @@ def _systems(runs: list[Run]) -> list[System]:
 def _corpus(run: Run, given: Path | None) -> manifest.Corpus | None:
     """The corpus with its sound, where this machine has it."""
     try:
-        return manifest.read(given or Path(run.config.data.root))
+        return manifest.read(given or run.root)
     except AmbijaxError:
         if given:
             raise
