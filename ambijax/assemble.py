@@ -11,7 +11,20 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import FrozenConfigDict
 
-from ambijax import checkpoint, convert, data, features, hosts, manifest, optim, peft, prompt, settings, sharding
+from ambijax import (
+    checkpoint,
+    convert,
+    data,
+    features,
+    hosts,
+    manifest,
+    optim,
+    peft,
+    prompt,
+    rules,
+    settings,
+    sharding,
+)
 from ambijax.agent import Setting
 from ambijax.corpora import synthetic
 from ambijax.errors import ConfigError, DataError
@@ -50,6 +63,8 @@ def mesh(config: FrozenConfigDict, shape: model_config.Qwen2AudioConfig, devices
         hidden=text.hidden_size,
         mlp=text.intermediate_size,
         vocab=text.vocab_size,
+        tower=shape.audio.d_model,
+        tower_mlp=shape.audio.encoder_ffn_dim,
     )
     if wrong:
         raise ConfigError("mesh: " + "; ".join(wrong))
@@ -193,7 +208,7 @@ def datasets(setting: Setting, params: dict, names: tuple[str, ...], *, edit: Ed
 
 def trains_base(config: FrozenConfigDict) -> bool:
     """Whether base weights are trained, and not adapters alone."""
-    return any(not pattern.startswith("lora") for pattern in config.optim.train)
+    return rules.trains_base(config.optim.train)
 
 
 def trains_tower(config: FrozenConfigDict) -> bool:
@@ -201,9 +216,9 @@ def trains_tower(config: FrozenConfigDict) -> bool:
     return config.lora.audio_tower or trains_base(config)
 
 
-def initial(setting: Setting, params: dict) -> dict:
+def initial(setting: Setting, params: dict, *, resumes: bool = False) -> dict:
     """The variables a run starts from: base weights, fresh adapters (seeded, B = 0), and in their places what
-    `init_from` holds, a run or a PEFT directory.
+    `init_from` holds, a run or a PEFT directory. One that resumes does not read that: it may be gone.
 
     Raises:
       ConfigError: that and this run do not fit.
@@ -213,7 +228,7 @@ def initial(setting: Setting, params: dict) -> dict:
     made = jax.jit(lambda key: qwen2_audio.init(setting.model, key)["lora"])
     where = sharding.shardings({"lora": jax.eval_shape(made, key)}, setting.mesh)["lora"]
     variables = {"params": params, "lora": jax.jit(made, out_shardings=where)(key)}
-    if not config.init_from:
+    if resumes or not config.init_from:
         return variables
     if peft.is_directory(start):
         earlier, wrong = {"lora": peft.load(start, setting.model.lora)}, []

@@ -128,9 +128,9 @@ def _corpus_description(config: FrozenConfigDict) -> str:
 
 def _training(about: About) -> str:
     c = about.config
-    adapted = any(pattern.startswith("lora") for pattern in c.optim.train)
+    adapted = any(pattern.startswith("lora/") for pattern in c.optim.train)
     trained = [*[f"LoRA, rank {c.lora.rank}, alpha {c.lora.alpha:g}"] * adapted]
-    trained += [f"base weights: {', '.join(f'`{p}`' for p in c.optim.train if not p.startswith('lora'))}"] * bool(
+    trained += [f"base weights: {', '.join(f'`{p}`' for p in c.optim.train if p.startswith('params/'))}"] * bool(
         assemble.trains_base(c)
     )
     rows = {

@@ -165,8 +165,11 @@ class Checkpoints:
         for path in set(paths) - {*intact[: self.keep], _best(intact)}:
             _remove(path)
 
-    def check(self, meta: dict) -> None:
+    def check(self, meta: dict) -> bool:
         """Reads what `restore` will place, so that a run which cannot go on says so before anything slow is read.
+
+        Returns:
+          whether there is anything.
 
         Raises:
           ConfigError: all checkpoints are damaged, `meta` differs, or an unknown format.
@@ -174,6 +177,7 @@ class Checkpoints:
         self._found = _first_intact(_steps(self.directory))
         if self._found:
             check_meta(self._found[1]["meta"], meta, self._found[0])
+        return self._found is not None
 
     def restore(self, like: Any, meta: dict) -> tuple[int, Any] | None:
         """The newest intact checkpoint, placed as `like` says; each damaged one costs one warning line.

@@ -21,6 +21,7 @@ class Health:
     def __init__(self, config: FrozenConfigDict, log: Log, skipped: int) -> None:
         """`skipped` updates were skipped before."""
         self._config, self._log, self._skipped = config, log, skipped
+        self._watched = [row for row in _COLLAPSES if config.data.cot or row[0] != "rollout/tokens"]
         self._last: tuple[int, list[str], dict] | None = None
         self._said: set[str] = set()
 
@@ -57,7 +58,7 @@ class Health:
 
     def warn(self, step: int, values: dict[str, float]) -> None:
         """Says once when a metric crosses its threshold in config.warn, and again after it has recovered."""
-        for metric, side, key, meaning in _COLLAPSES:
+        for metric, side, key, meaning in self._watched:
             if metric not in values:
                 continue
             value, threshold = values[metric], self._config.warn[key]

@@ -19,17 +19,19 @@ def labels(variables: object, patterns: tuple[str, ...]) -> object:
 
     Args:
       variables: {'params': ..., 'lora': ...}; only its structure is read.
-      patterns: for example ('lora/.*',), or ('params/.*',) for full fine-tuning.
+      patterns: a collection and an expression for paths in it; ('lora/.*',), or ('params/.*',) for full fine-tuning.
 
     Raises:
       ConfigError: a pattern matches nothing.
     """
     paths = sharding.paths(variables)
-    for pattern in patterns:
-        if not any(re.fullmatch(pattern, path) for path in jax.tree.leaves(paths)):
+    # 'lora/a|params/b' is not to reach what it does not begin with: who may train the base is decided by that.
+    split = [pattern.partition("/") for pattern in patterns]
+    matches = [re.compile(f"{re.escape(collection)}/(?:{rest})") for collection, _, rest in split]
+    for pattern, match in zip(patterns, matches, strict=True):
+        if not any(match.fullmatch(path) for path in jax.tree.leaves(paths)):
             raise ConfigError(f"optim.train: the pattern {pattern!r} matches no variable of the model")
-    match = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
-    return jax.tree.map(lambda path: "train" if match.fullmatch(path) else "frozen", paths)
+    return jax.tree.map(lambda path: "train" if any(m.fullmatch(path) for m in matches) else "frozen", paths)
 
 
 def split(variables: object, labels: object) -> tuple[object, object]:
@@ -47,7 +49,9 @@ def merge(trained: object, frozen: object) -> object:
 
 
 def schedule(peak: float, warmup: float, steps: int) -> optax.Schedule:
-    """Linear warm-up over the fraction `warmup` of `steps`, then cosine to zero."""
+    """Linear warm-up over the fraction `warmup` of `steps`, from zero unless it is none, then cosine to zero."""
+    if warmup == 0:
+        return optax.cosine_decay_schedule(peak, steps)
     rise = max(1, round(warmup * steps))
     return optax.warmup_cosine_decay_schedule(0.0, peak, rise, max(steps, rise + 1))
 

@@ -68,6 +68,8 @@ def run(case: Case) -> dict:
 
 def _programs(case: Case, setting: Setting) -> list[programs.Program]:
     every = list(programs.programs(setting, case.window, case.text))
+    if case.only and not {p.name for p in every} & set(case.only):
+        raise ConfigError(f"{case.name} has no {' and no '.join(case.only)}; it has {', '.join(p.name for p in every)}")
     return [p for p in every if p.name in (case.only or [p.name])]
 
 
@@ -314,7 +316,12 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--markdown", action="store_true", help="print a document instead of plain tables")
     parser.add_argument("--cache", type=Path, default=Path("runs/plan"), help="where compiled figures are kept")
     overrides = [a for a in sys.argv[1:] if a.startswith("--config.")]
-    return parser.parse_args([a for a in sys.argv[1:] if not a.startswith("--config.")]), overrides
+    args = parser.parse_args([a for a in sys.argv[1:] if not a.startswith("--config.")])
+    if args.window and not rules.RULES["data.windows"].holds([args.window]):
+        raise ConfigError(f"--window={args.window} must be an even number of mel frames up to 3000")
+    if args.text < 1:
+        raise ConfigError(f"--text={args.text} must be 1 or more")
+    return args, overrides
 
 
 if __name__ == "__main__":

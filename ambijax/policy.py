@@ -249,7 +249,8 @@ def _writer(
         variables=variables,
         layers=transposed_layers(variables, model.config.text, model.lora, model.dtype, joined),
         prefix=prefix._replace(past=prefix.past.unstacked(model.cache, by_channel=model.decoding == "xla")),
-        head=spaced(model.apply(variables, method="head").T),
+        # Behind a barrier it stays turned around also where it is used outside the loop.
+        head=jax.lax.optimization_barrier(spaced(model.apply(variables, method="head").T)),
         tokens=tokens,
         ends_line=ends_line,
         turn=model.apply(variables, positions, method="turn"),

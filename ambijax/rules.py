@@ -47,7 +47,7 @@ def _is_name(value: object) -> bool:
 
 def _is_pattern(value: object) -> bool:
     try:
-        return bool(re.compile(value))
+        return bool(re.compile(value)) and value.startswith(("lora/", "params/"))
     except (re.error, TypeError, RecursionError):
         return False
 
@@ -104,7 +104,7 @@ RULES = {
     "data.speakers": _whole(2, 10**5),
     "data.clips_per_speaker": _whole(1, 10**5),
     "data.seed": _whole(0, 2**31 - 1),
-    "optim.train": _list_of(_is_pattern, "regular expressions"),
+    "optim.train": _list_of(_is_pattern, "regular expressions after lora/ or params/"),
     "optim.learning_rate": _real(_POSITIVE, 100),
     "optim.warmup": _real(0, 0.99),  # a fraction of the steps
     "optim.b1": _real(0, 1 - _POSITIVE),
@@ -290,17 +290,17 @@ def _contradictions(c: dict) -> list[str]:
     on_base = "optim.train reaches base weights, but the reference policy is the base without adapters; train lora only"
     need(
         ("algorithm", "optim.train"),
-        lambda algorithm, train: algorithm != "dpo" or not _trains_base(train),
+        lambda algorithm, train: algorithm != "dpo" or not trains_base(train),
         on_base,
     )
     need(
         ("algorithm", "optim.train", "grpo.beta_kl"),
-        lambda algorithm, train, beta: algorithm not in ("grpo", "grpoz") or beta == 0 or not _trains_base(train),
+        lambda algorithm, train, beta: algorithm not in ("grpo", "grpoz") or beta == 0 or not trains_base(train),
         on_base + ", or set grpo.beta_kl=0",
     )
     need(
         ("model.weights", "optim.train"),
-        lambda weights, train: weights == "float" or not _trains_base(train),
+        lambda weights, train: weights == "float" or not trains_base(train),
         "optim.train reaches base weights, which model.weights={model_weights!r} rounds: train lora only, or set "
         "model.weights='float'",
     )
@@ -317,5 +317,6 @@ def _contradictions(c: dict) -> list[str]:
     return wrong
 
 
-def _trains_base(patterns: tuple[str, ...]) -> bool:
-    return any(not pattern.startswith("lora") for pattern in patterns)
+def trains_base(patterns: tuple[str, ...]) -> bool:
+    """Whether `optim.train` reaches base weights, and not adapters alone."""
+    return any(pattern.startswith("params/") for pattern in patterns)

@@ -33,6 +33,9 @@ def parse(argv: list[str]) -> tuple[FrozenConfigDict, Path]:
     if {"-h", "--help"} & set(argv):
         raise SystemExit(_USAGE)
     wrong = []
+    changed = [argument for argument in argv if argument.startswith("--config.")]
+    if changed and not any(re.match("--?config(=|$)", argument) for argument in argv):
+        raise ConfigError(f"{changed[0]} changes a key of a file, which is missing: give --config FILE as well")
     try:
         config, workdir = _read(argv)
     except ConfigError:

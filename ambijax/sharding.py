@@ -172,6 +172,8 @@ def check(
     hidden: int,
     mlp: int,
     vocab: int,
+    tower: int,
+    tower_mlp: int,
 ) -> list[str]:
     """What does not divide, each with the config key and the nearest values that would; empty when all is well."""
     split = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -186,14 +188,17 @@ def check(
         ("key-value heads", kv_heads),
         ("feed-forward width", mlp),
         ("vocabulary", vocab),
+        ("audio tower's width", tower),
+        ("audio tower's feed-forward width", tower_mlp),
     ]
     for what, size in wanted:
         if size % tensor:
             divisors = [n for n in range(1, tensor) if all(s % n == 0 for _, s in wanted)]
             found.append(f"mesh.tensor={tensor} does not divide the model's {size} {what}; try {divisors[-1]}")
-    if hidden % fsdp:
-        divisors = [n for n in range(1, fsdp) if hidden % n == 0]
-        found.append(f"mesh.fsdp={fsdp} does not divide the model's hidden width {hidden}; try {divisors[-1]}")
+    for what, size in (("hidden width", hidden), ("audio tower's width", tower)):
+        if size % fsdp:
+            divisors = [n for n in range(1, fsdp) if hidden % n == tower % n == 0]
+            found.append(f"mesh.fsdp={fsdp} does not divide the model's {size} {what}; try {divisors[-1]}")
     return found
 
 

@@ -222,7 +222,7 @@ def _parse() -> argparse.Namespace:
         raise ConfigError(f"unexpected argument {wrong[0]!r}; settings for all runs are --config.KEY=VALUE")
     if args.table and not args.corpus:
         raise ConfigError("--table needs --corpus=iemocap or --corpus=cremad")
-    if min(args.jobs, *(n for n in (args.seeds, args.folds) if n is not None)) < 1:
+    if min(n for n in (args.jobs, args.seeds, args.folds) if n is not None) < 1:
         raise ConfigError("--jobs, --seeds and --folds must be at least 1")
     return args
 

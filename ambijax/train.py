@@ -48,7 +48,7 @@ from ambijax.structs import TrainState
 from ambijax.update import make_update, start, updates
 from ambijax.watchdog import Watchdog
 
-DRY_RUN = "--dry_run"  # checks all that needs no weights, prints the plan, writes nothing
+DRY_RUN = "--dry_run"  # checks all that needs no weights, prints the plan, writes nothing into the directory
 SHOWN = ("loss", "loss/kl", "rollout/js", "rollout/format")  # beside the progress bar
 
 
@@ -78,13 +78,13 @@ def train(config: FrozenConfigDict, directory: Path) -> None:
     setting = preflight.check(config, directory, write=True)
     with jax.set_mesh(setting.mesh), checkpoint.Checkpoints(directory / "checkpoints", config.checkpoint.keep) as saved:
         meta = assemble.identity(config)
-        saved.check(meta)  # before anything slow is read
+        resumes = saved.check(meta)  # before anything slow is read
         if hosts.is_main():
             settings.save(config, directory)
             workdir.replace(directory / "env.json", json.dumps(environment(), indent=2) + "\n")
         params = assemble.base(setting)
         sets = assemble.datasets(setting, params, ("train", "dev", "test"))
-        variables = assemble.initial(setting, params)
+        variables = assemble.initial(setting, params, resumes=resumes)
         state, frozen, optimizer = start(config, variables)
         del variables, params  # what is trained now belongs to `state`, whose memory every update reuses
         if restored := saved.restore(state, meta):

@@ -59,7 +59,9 @@ def test_what_is_not_finite_is_never_applied(bad):
 
 
 def test_collapses_are_said_once_with_their_metric(tmp_path, caplog):
-    config = ConfigDict({"warn": {"degenerate": 0.9, "format": 0.5, "tokens": 16.0}, "guard": {"max_skipped": 3}})
+    config = ConfigDict(
+        {"warn": {"degenerate": 0.9, "format": 0.5, "tokens": 16.0}, "guard": {"max_skipped": 3}, "data": {"cot": True}}
+    )
     with Log(tmp_path, 0) as log:
         health = Health(FrozenConfigDict(config), log, 0)
         good = {"reward/degenerate": 0.0, "rollout/format": 1.0, "rollout/tokens": 90.0, "loss": 1.0}
@@ -77,10 +79,15 @@ def test_collapses_are_said_once_with_their_metric(tmp_path, caplog):
         "step 5: rollout/tokens = 3",
     ]
     assert "below warn.format = 0.5" in said[0]
+    config.data.cot = False
+    caplog.clear()
+    with Log(tmp_path, 0) as log:
+        Health(FrozenConfigDict(config), log, 0).warn(0, {"rollout/tokens": 5.0})  # an answer alone is that short
+    assert not caplog.records
 
 
 def test_too_many_in_a_row_stop_with_the_batches_written_down(tmp_path):
-    config = FrozenConfigDict({"guard": {"max_skipped": 2}})
+    config = FrozenConfigDict({"guard": {"max_skipped": 2}, "data": {"cot": True}})
     with Log(tmp_path, 0) as log:
         health = Health(config, log, 0)
         aux = [

@@ -93,13 +93,19 @@ def test_a_value_nobody_could_mean_is_named(argument):
         (f"data.batch_size={'9' * 5000}", "data.batch_size"),
         (f"model.dtype={'9' * 5000}", "model.dtype"),
         ("data.cot=maybe", "data.cot"),
-        ("optim.train=('lora/(',)", "optim.train"),
+        *((f"optim.train=('{train}',)", "optim.train") for train in ("lora/(", ".*", "(lora)/.*")),
     ],
 )
 def test_an_unknown_key_or_a_wrong_type_is_one_line(argument, message):
     found = said(f"--config.{argument}")
     assert message in found
     assert len(found) < 1000
+
+
+def test_a_changed_key_without_its_file_says_what_is_missing(tmp_path):
+    """As somebody types who resumes a run on other devices."""
+    with pytest.raises(ConfigError, match="give --config FILE as well"):
+        settings.parse(["train", f"--workdir={tmp_path}", "--config.mesh.data=1"])
 
 
 @pytest.mark.parametrize("program", ["1/0", "assert False", "import nowhere", "def get_config(): return 3", "x ="])
@@ -128,7 +134,7 @@ def test_a_config_file_imports_what_stands_beside_it(directory, tmp_path):
         f"config = settings._read(['', '--config={copied}/grpoz.py:tiny', '--workdir=w'])[0]\n"
         "assert config.mine == 1 and sys.path == before\n"
         "from ambijax import curate\n"
-        f"curate.parse(['', '--config={copied}/derived.py', '--manifest=m', '--out=o'])"
+        f"curate.parse(['', '--config={copied}/derived.py', '--manifest=m', '--out=o.jsonl'])"
     )
     subprocess.run([sys.executable, "-c", program], cwd=directory, check=True)
 

@@ -29,12 +29,12 @@ def base():
         return setting, assemble.base(setting)
 
 
-def initial(base, config) -> dict:
+def initial(base, config, **options: bool) -> dict:
     setting, params = dataclasses.replace(base[0], config=config), base[1]
     if config.lora.rank != base[0].config.lora.rank:
         setting = assemble.setting(config)
     with jax.set_mesh(setting.mesh):
-        return assemble.initial(setting, params)
+        return assemble.initial(setting, params, **options)
 
 
 def finished(base, directory: Path, config, meta: dict) -> tuple[Path, dict]:
@@ -86,6 +86,14 @@ def test_what_does_not_fit_is_one_line(base, tmp_path, earlier, later, meta, mes
         initial(base, parse("sft", *later, f"--config.init_from={run}"))
     assert "\n" not in str(caught.value)
     assert f"init_from={run}" in str(caught.value)
+
+
+def test_a_run_that_resumes_needs_no_other(base, tmp_path):
+    """What it began with is in its own checkpoint; the earlier run may have been moved away."""
+    config = parse("sft", f"--config.init_from={tmp_path / 'gone'}")
+    with pytest.raises(ConfigError, match="gone is not a run directory"):
+        initial(base, config)
+    assert set(initial(base, config, resumes=True)) == {"params", "lora"}
 
 
 def test_a_directory_without_a_checkpoint_is_named(base, tmp_path):

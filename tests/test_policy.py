@@ -123,6 +123,14 @@ def test_stages_are_all_tokens_and_few_programs():
         assert max(stages) - min(stages) <= 1
 
 
+def test_a_roll_out_in_bfloat16(variables):
+    """The default of every real configuration, also where XLA has no product of bfloat16 outside a fusion: on a CPU."""
+    model = small.model(dtype="bfloat16")
+    halves = {"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"]), "lora": variables["lora"]}
+    rolled = _rollout(model, halves, small.prompts(2), samples=2, temperature=0.0)
+    assert np.isfinite(rolled.readout).all()
+
+
 def test_greedy_takes_the_most_likely_token(model, variables):
     prompt = small.prompts(2)
     rolled = _rollout(model, variables, prompt, samples=1, temperature=0.0)

@@ -176,7 +176,7 @@ def test_a_mesh_that_is_not_the_devices_is_refused():
 
 def test_what_does_not_divide_names_the_key_and_what_would():
     mesh = _mesh((2, 2, 2))
-    sizes = {"heads": 8, "kv_heads": 3, "hidden": 33, "mlp": 64, "vocab": 64}
+    sizes = {"heads": 8, "kv_heads": 3, "hidden": 33, "mlp": 64, "vocab": 64, "tower": 15, "tower_mlp": 64}
     found = sharding.check(mesh, batch=6, accumulate=1, micro_batch=0, **sizes)
     assert found[0] == "data.batch_size=6 is not a multiple of mesh.data x mesh.fsdp = 4; try 4 or 8"
     found_in_parts = sharding.check(mesh, batch=8, accumulate=3, micro_batch=0, **sizes)[0]
@@ -184,8 +184,10 @@ def test_what_does_not_divide_names_the_key_and_what_would():
         "data.batch_size=8 is not a multiple of optim.accumulate x mesh.data x mesh.fsdp = 12; try 12"
     )
     assert "mesh.tensor=2 does not divide the model's 3 key-value heads; try 1" in found
-    assert "mesh.fsdp=2 does not divide the model's hidden width 33; try 1" in found
-    sizes = {"heads": 8, "kv_heads": 4, "hidden": 32, "mlp": 64, "vocab": 64}
+    assert "mesh.fsdp=2 does not divide the model's 33 hidden width; try 1" in found
+    assert "mesh.fsdp=2 does not divide the model's 15 audio tower's width; try 1" in found
+    assert "mesh.tensor=2 does not divide the model's 15 audio tower's width; try 1" in found
+    sizes = {"heads": 8, "kv_heads": 4, "hidden": 32, "mlp": 64, "vocab": 64, "tower": 16, "tower_mlp": 64}
     assert sharding.check(mesh, batch=16, accumulate=2, micro_batch=4, **sizes) == []
     assert sharding.check(mesh, batch=12, accumulate=1, micro_batch=6, **sizes) == [
         "optim.micro_batch=6 is not a multiple of mesh.data x mesh.fsdp = 4; try 4 or 8"
@@ -202,6 +204,14 @@ def test_labels_split_and_merge():
     assert jax.tree.all(jax.tree.map(lambda a, b: a is b, optim.merge(trained, frozen), variables))
     with pytest.raises(ConfigError, match="'typo' matches no variable"):
         optim.labels(variables, ("lora/.*", "typo"))
+    assert optim.labels(variables, ("lora/.*|params/.*",)) == labels  # or a reference would move without a word
+
+
+def test_the_schedule_begins_at_zero_only_to_warm_up():
+    peak = optim.schedule(1.0, 0.25, 8)
+    assert [float(peak(step)) for step in (0, 1, 2, 8)] == [0, 0.5, 1, 0]
+    assert float(optim.schedule(1.0, 0.0, 1)(0)) == 1
+    assert float(optim.schedule(1.0, 0.0, 8)(4)) == pytest.approx(0.5)
 
 
 def test_the_frozen_part_gets_no_gradient_no_state_and_no_change():
