@@ -33,7 +33,8 @@ class Setting:
     @functools.cached_property
     def tokens(self) -> policy.Tokens:
         v = self.vocabulary
-        return policy.Tokens(v.im_end, v.endoftext, v.class_ids, v.anchor, v.forced_anchor, v.newline[-1])
+        ends = (v.im_end, v.endoftext)
+        return policy.Tokens(ends, v.endoftext, v.class_ids, v.anchor, v.forced_anchor, v.newline[-1])
 
     @property
     def style(self) -> str:

@@ -12,11 +12,13 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import FrozenConfigDict
 
 from ambijax import (
+    audio,
     checkpoint,
     convert,
     data,
     features,
     hosts,
+    hugging_face,
     manifest,
     optim,
     peft,
@@ -39,10 +41,32 @@ def setting(config: FrozenConfigDict) -> Setting:
       ConfigError: lists everything that does not fit.
     """
     shape = model_config.load(config.model.checkpoint)
+    _assert_hears_alike(Path(config.model.checkpoint), shape)
     devices = mesh(config, shape)
     vocabulary = prompt.load(config.model.checkpoint, config.data.labels)
     prompt.assert_fits(vocabulary, shape.text.vocab_size, shape.audio_token)
     return Setting(model=model(config, shape), vocabulary=vocabulary, mesh=devices, config=config)
+
+
+# What `audio.log_mel` computes, as preprocessor_config.json calls it.
+_FEATURES = {
+    "sampling_rate": audio.SAMPLE_RATE,
+    "n_fft": audio.N_FFT,
+    "hop_length": audio.HOP,
+    "chunk_length": audio.SECONDS,
+    "do_normalize": False,
+}
+
+
+def _assert_hears_alike(checkpoint: Path, shape: model_config.Qwen2AudioConfig) -> None:
+    """Raises ConfigError: the model was trained on other features, or hears less than 30 s."""
+    path = checkpoint / "preprocessor_config.json"
+    told = hugging_face.read_json(path) if path.is_file() else {}
+    told = {key: told.get(key, ours) for key, ours in _FEATURES.items()}
+    told["max_source_positions"] = shape.audio.max_source_positions
+    ours = _FEATURES | {"max_source_positions": audio.N_FRAMES // 2}
+    if wrong := [f"{key} is {told[key]} there and {ours[key]} here" for key in ours if told[key] != ours[key]]:
+        raise ConfigError(f"{checkpoint} was trained on other features than Qwen2-Audio's: {'; '.join(wrong)}")
 
 
 def mesh(config: FrozenConfigDict, shape: model_config.Qwen2AudioConfig, devices: Sequence | None = None) -> Mesh:

@@ -76,7 +76,9 @@ def export(
             peft.save(trained["lora"], partial, LoraConfig(**config.lora), base_model)
         else:
             merge(config, trained, partial, dtype=jnp.dtype(dtype or config.model.dtype))
-        (partial / listener.ABOUT).write_text(json.dumps(listener.about(config), indent=2, ensure_ascii=False) + "\n")
+        # Weights that were written in float32 are not to be rounded when they are read; nothing is computed in less.
+        told = listener.about(config, "float32" if dtype == "float32" else "")
+        (partial / listener.ABOUT).write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n")
         (partial / "README.md").write_text(card.render(about), encoding="utf-8")
         _write_sums(partial)
 

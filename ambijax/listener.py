@@ -240,8 +240,13 @@ def _load_peft(directory: Path, base: bool, labels: Sequence[str] | None, checkp
         return Model(setting, {"params": params} if base else assemble.initial(setting, params))
 
 
-def about(config: FrozenConfigDict) -> dict:
-    """How a run's model is asked, for `ABOUT`: what this module needs, and the texts for whoever uses another tool."""
+def about(config: FrozenConfigDict, dtype: str = "") -> dict:
+    """How a run's model is asked, for `ABOUT`: what this module needs, and the texts for whoever uses another tool.
+
+    Args:
+      config: the run's.
+      dtype: to compute in; '' = the run's.
+    """
     c = config
     style = agent.style(c)
     ask = {name: prompt.instruction(said, c.data.labels, style=style) for name, said in _SAID.items()}
@@ -257,7 +262,7 @@ def about(config: FrozenConfigDict) -> dict:
         "windows": list(c.data.windows),
         "temperature": c.readout.temperature,
         "batch_size": c.eval.batch_size,
-        "dtype": c.model.dtype,
+        "dtype": dtype or c.model.dtype,
     }
 
 

@@ -26,8 +26,8 @@ from ambijax.structs import Completions, Prompt, Rollout, Scores
 class Tokens:
     """The few token ids a policy must know; hashable, so that it can be a static argument."""
 
-    end: int  # ends a completion
-    pad: int  # stands after the end
+    ends: tuple[int, ...]  # each ends a completion, as in the model's generation_config.json
+    pad: int  # stands after the end; may be one of them
     classes: tuple[int, ...]  # K class words
     anchor: tuple[int, ...]  # 'Final emotion:' as sampled at the start of a line
     forced: tuple[int, ...]  # the same with its line break, appended to a completion that never got there
@@ -271,7 +271,7 @@ def _append(w: _Writer, s: _Decoding, logits: jax.Array, token: jax.Array, logp:
         own=own,
         recent=recent,
         anchor=jnp.where(anchored & (s.anchor < 0) & ~s.done, s.t, s.anchor),
-        done=s.done | (token == w.tokens.end),
+        done=s.done | jnp.isin(token, jnp.array(w.tokens.ends)),
         tokens=jax.lax.dynamic_update_index_in_dim(s.tokens, token, s.t, axis=2),
         logp=jax.lax.dynamic_update_index_in_dim(s.logp, jnp.where(s.done, 0.0, logp), s.t, axis=2),
         readout=jnp.where(just_anchored[..., None], class_logits, s.readout),
@@ -285,8 +285,9 @@ def _finish(w: _Writer, s: _Decoding) -> Rollout:
     own_anchor = s.anchor >= 0
     last_slot = (own_anchor & (s.anchor == s.t - 1))[..., None]  # no step followed that could keep its logits
     class_logits = jnp.where(last_slot, jnp.moveaxis(w.logits(s.hidden)[class_ids], 0, -1), s.readout)
-    ended = jnp.any(s.tokens == w.tokens.end, axis=-1)
-    length = jnp.where(ended, jnp.argmax(s.tokens == w.tokens.end, axis=-1), s.t)  # without the end token
+    ends = jnp.isin(s.tokens, jnp.array(w.tokens.ends)) & (jnp.arange(n) < s.t)
+    ended = jnp.any(ends, axis=-1)
+    length = jnp.where(ended, jnp.argmax(ends, axis=-1), s.t)  # without the end token
 
     def force(_: None) -> jax.Array:
         appended = jnp.broadcast_to(jnp.array(w.tokens.forced), (b, g, len(w.tokens.forced)))

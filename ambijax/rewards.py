@@ -104,8 +104,9 @@ def group_std(rewards: np.ndarray, ddof: int) -> np.ndarray:
 
 
 def _centred(rewards: np.ndarray) -> np.ndarray:
-    """Rewards [B, G] less their group's mean; 0 for NaN members."""
+    """Rewards [B, G] less their group's mean; 0 for NaN members and in groups that are all equal."""
     present = ~np.isnan(rewards)
     total = np.sum(np.where(present, rewards, 0), axis=1, keepdims=True)
     mean = total / np.maximum(np.sum(present, axis=1, keepdims=True), 1)
-    return np.where(present, rewards - mean, 0)
+    low, high = (how(np.where(present, rewards, mean), axis=1, keepdims=True) for how in (np.min, np.max))
+    return np.where(present & (low < high), rewards - mean, 0)  # equal rewards differ from their mean by rounding

@@ -66,7 +66,7 @@ def cache(clips: int) -> dict[str, float]:
             forced = setting.score(variables, batch.prompt, whole, {})
         rolled, forced = jax.tree.map(np.asarray, (rolled, forced))
         size = rolled.logp.shape[-1]
-        ends = rolled.completions.tokens == setting.tokens.end  # where the forced read-out's anchor was put instead
+        ends = np.isin(rolled.completions.tokens, setting.tokens.ends)  # there the forced anchor was put
         own = rolled.completions.mask & ~(ends & rolled.forced[..., None])
         off = _differences(
             (rolled.logp - forced.logp[..., :size])[own],

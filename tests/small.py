@@ -11,7 +11,7 @@ from ambijax.structs import Completions, Prompt
 
 VOCABULARY = 64
 AUDIO = 60
-TOKENS = Tokens(end=1, pad=0, classes=(10, 11, 12), anchor=(5, 6), forced=(4, 5, 6), newline=4)
+TOKENS = Tokens(ends=(1, 0), pad=0, classes=(10, 11, 12), anchor=(5, 6), forced=(4, 5, 6), newline=4)
 ENDS_LINE = np.isin(np.arange(VOCABULARY), [4, 7])
 
 

@@ -143,6 +143,16 @@ def test_transformers_gives_the_same_logits(kind, tmp_path, request, caplog, cap
     assert np.abs(expected - ours(run, base=True)).max() > 0.1
 
 
+def test_weights_exported_in_float32_are_not_rounded_when_they_are_read(run, tmp_path):
+    """Also those of a run in bfloat16, the default of real configurations."""
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run/config.json"
+    path.write_text(path.read_text().replace('"dtype": "float32"', '"dtype": "bfloat16"'))
+    for dtype, told in (("float32", "float32"), ("", "bfloat16")):
+        export.export(tmp_path / "run", "merged", tmp_path / f"merged{dtype}", dtype=dtype)
+        assert json.loads((tmp_path / f"merged{dtype}/ambijax.json").read_text())["dtype"] == told
+
+
 def test_merged_is_a_base_like_any_other(run, tmp_path):
     export.export(run, "merged", tmp_path / "merged", dtype="float32")
     again = trained.make(tmp_path / "again", f"--config.model.checkpoint={tmp_path / 'merged'}")

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ambijax import convert, hugging_face
+from ambijax import assemble, convert, hugging_face, settings
 from ambijax.errors import ConfigError
+from ambijax.model import config as model_config
+from tests import trained
 from tests.published import (
     INDEX,
     PUBLISHED,
@@ -44,6 +46,36 @@ def assert_totals(raw: dict) -> None:
 
 def test_published_totals():
     assert_totals(PUBLISHED)
+
+
+QWEN = {"model_type": "qwen2_audio"}
+
+
+def test_rope_theta_is_where_transformers_reads_it():
+    """In rope_parameters, where both places have one."""
+    for text in ({"rope_theta": 1e4}, {"rope_theta": None}, {}):
+        text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+        assert model_config.from_dict(QWEN | {"text_config": text}).text.rope_theta == 1e6
+    assert model_config.from_dict(QWEN | {"text_config": {"rope_theta": 2e5}}).text.rope_theta == 2e5
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("preprocessor_config.json", {"hop_length": 320}, "hop_length is 320 there and 160 here"),
+        ("config.json", {"audio_config": {"max_source_positions": 300}}, "max_source_positions is 300 there and 1500"),
+    ],
+)
+def test_a_model_that_hears_otherwise_is_refused(tmp_path, name, change, message):
+    shutil.copytree(trained.TINY, tmp_path / "model")
+    path = tmp_path / "model" / name
+    told = json.loads(path.read_text())
+    for key, value in change.items():
+        told[key] = told[key] | value if isinstance(value, dict) else value
+    path.write_text(json.dumps(told))
+    argv = ["x", "--config=configs/sft.py:tiny", "--workdir=w", f"--config.model.checkpoint={tmp_path / 'model'}"]
+    with pytest.raises(ConfigError, match=message):
+        assemble.setting(settings.parse(argv)[0])
 
 
 def test_published_config(shared_data):

@@ -103,7 +103,7 @@ def test_sampled_log_probabilities_equal_teacher_forced_ones(model, variables):
 def test_a_cache_that_has_grown_holds_what_was_written(model, variables):
     stages = policy.cache_stages(300)
     assert len(stages) == 4
-    endless = dataclasses.replace(small.TOKENS, end=-1)
+    endless = dataclasses.replace(small.TOKENS, ends=(-1,))
     prompt = small.prompts(2)
     given = {"tokens": endless, "samples": 3, "max_tokens": sum(stages), "temperature": 1.0}
     rolled = policy.rollout(model, variables, prompt, jax.random.key(0), small.ENDS_LINE, **given)
@@ -196,8 +196,10 @@ def test_mask_ends_with_the_end_token(model, variables):
     rolled = _rollout(model, variables, small.prompts(4), samples=64, temperature=1.0)
     tokens, mask = np.asarray(rolled.completions.tokens), np.asarray(rolled.completions.mask)
     assert 0 < rolled.ended.sum() < rolled.ended.size  # both kinds occur
+    first = {row[np.isin(row, small.TOKENS.ends)][:1].item() for row in tokens[np.asarray(rolled.ended)]}
+    assert first == set(small.TOKENS.ends)  # a pad that was sampled ends as well as the end token
     for row, valid, ended in zip(tokens.reshape(-1, N), mask.reshape(-1, N), np.ravel(rolled.ended), strict=True):
-        ends = np.flatnonzero(row == small.TOKENS.end)
+        ends = np.flatnonzero(np.isin(row, small.TOKENS.ends))
         assert ended == (len(ends) > 0)
         length = ends[0] + 1 if ended else N
         np.testing.assert_array_equal(valid, np.arange(N) < length)

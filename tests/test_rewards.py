@@ -112,6 +112,12 @@ def test_a_group_without_variance_is_finite_and_zero(eps, scale, ddof):
     np.testing.assert_array_equal(rewards.group_advantages(np.full((1, 4), np.nan), **options), [[0] * 4])
 
 
+def test_equal_rewards_have_no_advantage_also_where_their_mean_is_rounded():
+    for reward, k in ((0.1, 3), (0.1, 6), (1.9, 7)):
+        found = rewards.group_advantages(np.full((1, k), reward), None, **EXACT)
+        np.testing.assert_array_equal(found, np.zeros((1, k)))
+
+
 def test_group_std_by_hand():
     r = np.array([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0], [0.0, 2.0, np.nan]])
     np.testing.assert_allclose(rewards.group_std(r, 1), [1, 0, math.sqrt(2)])

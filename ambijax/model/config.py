@@ -90,7 +90,8 @@ def from_dict(raw: dict) -> Qwen2AudioConfig:
     for part in (text.get("hidden_act"), audio.get("activation_function")):
         if part not in (None, *ACTIVATIONS):
             raise ConfigError(f"the activation {part!r} is not supported, only {', '.join(ACTIVATIONS)}")
-    text.setdefault("rope_theta", rope.get("rope_theta"))
+    if rope.get("rope_theta") is not None:  # the newer place, which transformers prefers
+        text["rope_theta"] = rope["rope_theta"]
     text.setdefault("tie_word_embeddings", raw.get("tie_word_embeddings"))
     known = _fields(TextConfig, text)
     known.setdefault("hidden_size", TextConfig.hidden_size)
