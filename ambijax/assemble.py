@@ -133,7 +133,7 @@ def base(setting: Setting) -> dict:
 
 
 # Settings that may change between the parts of a run; every other one makes it another run.
-_FREE = ("mesh", "hosts", "checkpoint", "warn", "log_every", "watchdog_seconds")
+_FREE = ("mesh", "hosts", "checkpoint", "warn", "log_every", "watchdog_seconds", "tracker", "tracker_audio")
 
 
 def identity(config: FrozenConfigDict) -> dict:

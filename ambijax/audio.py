@@ -40,6 +40,7 @@ BLOCK = 100  # mel frames transformed at once, so that the temporaries stay in t
 
 POWER_FLOOR = 1e-10  # mel power below this counts as silence
 DYNAMIC_RANGE = 8.0  # decades of power below the loudest band of the clip; what is quieter is raised to that
+PLAUSIBLE = 4_000_000  # samples a second over all channels: 192 kHz of twenty; more is a broken or hostile header
 UNSCALED = 1.5  # samples lie in [-1, 1], with headroom for codecs; beyond are integers nobody scaled
 
 
@@ -64,6 +65,10 @@ def load(path: str | Path) -> np.ndarray:
         _assert_whole(path)
         with soundfile.SoundFile(os.fsencode(path)) as file:  # names are bytes, and not always text
             rate = file.samplerate
+            if rate * file.channels > PLAUSIBLE:
+                raise DataError(
+                    f"{path}: its header says {rate} Hz and {file.channels} channels, which is no recording"
+                )
             limit = SECONDS * rate + 1  # one frame more tells `check` that the clip is too long
             samples = file.read(limit, dtype="float32", always_2d=True)
             declared = min(file.frames, limit)

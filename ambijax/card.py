@@ -112,7 +112,8 @@ def _use(about: About) -> str:
     return (
         f'```python\nimport ambijax\n\n{where}model = ambijax.load("this_directory"{base})\n'
         'model.predict("clip.wav").distribution\n```\n\n'
-        "With transformers (4.57 or 5), the distribution is the softmax over the class words' logits right after "
+        "With transformers (4.57 or 5), the distribution is the softmax over the logits of class words, of one token "
+        "each, right after "
         f'"{prompt.ANCHOR}": see docs/export.md of ambijax for the program. `ambijax.json` holds the class words.'
     )
 

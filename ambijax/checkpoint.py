@@ -46,6 +46,7 @@ def check_meta(saved: dict, current: dict, where: Path) -> None:
     current = json.loads(json.dumps(current))  # tuples become lists, as in the file
     saved, current = (flax.traverse_util.flatten_dict(tree, sep=".") for tree in (saved, current))
     saved = {key: value for key, value in rules.ADDED.items() if key in current} | saved  # of an earlier version
+    saved, current = ({k: v for k, v in tree.items() if k not in rules.FREED} for tree in (saved, current))
     if keys := sorted(key for key in saved | current if saved.get(key) != current.get(key)):
         both = "; ".join(
             f"{key} is {saved.get(key)!r} in the checkpoint and {current.get(key)!r} in this run" for key in keys
@@ -163,7 +164,10 @@ class Checkpoints:
         paths = _steps(self.directory)
         intact = [path for path in paths if path not in self._damaged]
         for path in set(paths) - {*intact[: self.keep], _best(intact)}:
-            _remove(path)
+            try:
+                _remove(path)
+            except OSError as error:
+                logging.warning("%s is not removed: %s; training goes on", path, digest.one_line(error))
 
     def check(self, meta: dict) -> bool:
         """Reads what `restore` will place, so that a run which cannot go on says so before anything slow is read.

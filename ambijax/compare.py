@@ -31,6 +31,7 @@ class System:
     ids: tuple[str, ...]
     labels: tuple[str, ...]  # the classes it predicted
     speakers: np.ndarray  # [N]
+    targets: np.ndarray  # [N, K]
     values: dict[str, np.ndarray]  # measure -> [N]
     runs: dict[str, np.ndarray]  # measure -> mean of each run
 
@@ -56,7 +57,7 @@ def read(runs: Sequence[Path], evaluation: str) -> System:
       DataError: a run has none, or not all, or they are of different classes.
     """
     values: dict[str, list[dict[str, float]]] = {}
-    speakers, means, labels = {}, [], set()
+    speakers, targets, means, labels = {}, {}, [], set()
     for run in runs:
         records, classes = _finished(run, evaluation)
         labels.add(classes)
@@ -65,6 +66,8 @@ def read(runs: Sequence[Path], evaluation: str) -> System:
         means.append({name: value.mean() for name, value in found.items()})
         for i, record in enumerate(records):
             speakers[record["id"]] = record["speaker"]
+            if not np.allclose(targets.setdefault(record["id"], p[i]), p[i]):
+                raise DataError(f"{run} was measured against other votes, for one {record['id']}; evaluate again")
             values.setdefault(record["id"], []).append({name: value[i] for name, value in found.items()})
     if len(labels) > 1:
         raise DataError(f"{', '.join(map(str, runs))} predict different classes: {' and '.join(map(str, labels))}")
@@ -73,6 +76,7 @@ def read(runs: Sequence[Path], evaluation: str) -> System:
         ids=tuple(sorted(values)),
         labels=labels.pop(),
         speakers=np.array([speakers[i] for i in sorted(values)]),
+        targets=np.array([targets[i] for i in sorted(values)]),
         values={m: np.array([np.mean([v[m] for v in values[i]]) for i in sorted(values)]) for m in means[0]},
         runs={m: np.array([mean[m] for mean in means]) for m in means[0]},
     )
@@ -87,8 +91,10 @@ def _finished(run: Path, evaluation: str) -> tuple[list[dict], tuple[str, ...]]:
     try:
         summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
         clips, labels = summary["clips"], tuple(summary["labels"])
-        fit = all(len(r["target"]) == len(r["readout"]) == len(labels) and r["id"] and r["speaker"] for r in records)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        fit = all(len(r["target"]) == len(r["readout"]) == len(labels) for r in records)
+        fit &= all(isinstance(r[key], str) for r in records for key in ("id", "speaker"))
+        metrics.js(*(np.array([r[key] for r in records], np.float64) for key in ("target", "readout")))  # distributions
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(f"{directory}: not finished, or not an evaluation ({error!r}); {again}") from None
     if clips != len(records) or not fit:
         raise DataError(f"{directory}: {len(records)} predictions of {clips} clips, or of other classes; {again}")
@@ -116,6 +122,12 @@ def differences(systems: Sequence[System], config: FrozenConfigDict) -> list[Dif
             raise DataError(
                 f"{first.name} and {system.name} predict different utterances, {len(odd)} stand in one alone, for one "
                 f"{min(odd)}; compare the same folds"
+            )
+        votes = np.isclose(first.targets, system.targets).all(axis=1)
+        if not votes.all():
+            raise DataError(
+                f"{first.name} and {system.name} were measured against other votes, for one "
+                f"{first.ids[votes.argmin()]}; evaluate again"
             )
         clusters = first.speakers if e.cluster == "speaker" else None
         how = {"seed": 0, "samples": e.resamples, "clusters": clusters}

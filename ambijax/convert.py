@@ -14,13 +14,12 @@ All is streamed: a shard is filled from just the slices it needs, and the host n
 
 import argparse
 import concurrent.futures
-import contextlib
 import hashlib
 import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import absl.logging
@@ -34,7 +33,7 @@ import tqdm
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from ambijax import errors, hugging_face
+from ambijax import errors, hugging_face, workdir
 from ambijax.errors import ConfigError
 from ambijax.hugging_face import DTYPES, EMBEDDING, HEAD, Parameter, Tensor, some
 from ambijax.model import layers, qwen2_audio
@@ -211,7 +210,7 @@ def convert(checkpoint: str | Path, out: str | Path) -> None:
     wanted = hugging_face.parameters_of(checkpoint)
     sources = hugging_face.match(checkpoint, wanted)
     sizes = {p.path: int(np.prod(p.shape)) * DTYPES[sources[p.path][0].dtype].itemsize for p in wanted}
-    with new_directory(out, sum(sizes.values())) as partial:
+    with workdir.new_directory(out, sum(sizes.values())) as partial:
         _copy_side_files(checkpoint, partial)
         # Orbax's own save holds three copies of an array (2.9 GB each at 7B). So it writes the tree with stubs for
         # leaves, and TensorStore, the library under it, replaces them piece by piece.
@@ -251,26 +250,6 @@ def _write_native(directory: Path, parameter: Parameter, sources: Sequence[Tenso
     for corner in itertools.product(*(range(0, n, step) for n, step in zip(parameter.shape, file, strict=True))):
         index = tuple(slice(a, min(a + c, n)) for a, c, n in zip(corner, file, parameter.shape, strict=True))
         store[index].write(hugging_face.read(parameter, sources, index, dtype)).result()
-
-
-@contextlib.contextmanager
-def new_directory(out: Path, need: int) -> Iterator[Path]:
-    """Yields a directory that becomes `out` when all is written, and goes when something fails."""
-    if out.exists():
-        raise ConfigError(f"{out} already exists; remove it or choose another name")
-    partial = out.with_name(out.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # a killed run's
-        partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-        if need > free:
-            raise ConfigError(f"{out} may need {need:,} bytes, and {free:,} are free there")
-        yield partial
-        partial.rename(out)
-    except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
-        raise ConfigError(f"cannot write {out}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _copy_side_files(source: Path, out: Path) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from ambijax import audio, emotions, errors, manifest, settings
+from ambijax import audio, emotions, errors, manifest, settings, teacher
 from ambijax.acoustics import MEASURES, Acoustics, Norm, measure, speaker_norms
 from ambijax.curation import checks, ledger, prompts, teachers
 from ambijax.curation.client import BudgetReached, Client, Request, is_url
@@ -104,6 +104,8 @@ def check(config: ConfigDict) -> None:
     need(c.teacher in ("audio", "acoustics", "template"), f"teacher={c.teacher!r} must be audio, acoustics or template")
     need(c.validator in ("judge", "reader", "none"), f"validator={c.validator!r} must be judge, reader or none")
     need(len(set(c.labels)) == len(c.labels) >= 2, f"labels={c.labels} must be distinct, two or more")
+    unknown = ", ".join(set(c.labels) - set(teacher.PROFILE)) if c.teacher == "template" else ""
+    need(not unknown, f"teacher='template' knows {', '.join(teacher.PROFILE)}, not {unknown}; use a chat model")
     need(0 < c.max_js <= 1, f"max_js={c.max_js} must be in (0, 1] bits")
     need(c.attempts >= 1, f"attempts={c.attempts} must be at least 1")
     need(c.concurrency >= 1, f"concurrency={c.concurrency} must be at least 1")

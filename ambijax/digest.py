@@ -46,6 +46,7 @@ def amend(directory: Path, changes: dict) -> None:
       OSError: the disk is full.
     """
     partial = directory / ".digest.json.partial"
+    partial.unlink(missing_ok=True)
     partial.write_text(_encode({**read_record(directory), **changes}))
     fsync(partial)
     partial.replace(directory / "digest.json")

@@ -101,6 +101,7 @@ def run(
     after: Sequence[dict] = (),
     temperature: float | None = None,
     left_out: int = 0,
+    wait: bool = False,
 ) -> dict:
     """Predicts a split and writes `directory/{predictions.jsonl,summary.json}`; returns the summary.
 
@@ -116,9 +117,11 @@ def run(
       after: as in `predictions.collect`.
       temperature: of the calibrated read-out, which is reported apart; None: there is none.
       left_out: utterances of the split that nobody gave one of these classes.
+      wait: see `predictions.collect`.
     """
     config = setting.config
-    records = predictions.collect(setting, variables, dataset, directory, name, decoding=decoding, after=after)
+    how = {"decoding": decoding, "after": after, "wait": wait}
+    records = predictions.collect(setting, variables, dataset, directory, name, **how)
     resamples = {"seed": 0, "samples": config.eval.resamples, "level": config.eval.level}
     summary = summarise(records) | {
         "algorithm": "base" if base else config.algorithm,
@@ -191,6 +194,9 @@ def main() -> None:
 def _answer(args: argparse.Namespace, config: FrozenConfigDict, asked: FrozenConfigDict, workdir: Path) -> None:
     """Evaluates, and prints the table."""
     compilation.keep()
+    if not args.run and hosts.is_main():
+        check_writable(workdir)
+        settings.save(config, workdir)
     setting = assemble.setting(config)
     with jax.set_mesh(setting.mesh):
         base = args.base or not args.run
@@ -222,8 +228,6 @@ def _settings(args: argparse.Namespace, rest: list[str]) -> tuple[FrozenConfigDi
         config, workdir = settings.parse([sys.argv[0], *rest, f"--config.model.checkpoint={args.checkpoint}"])
         if (workdir / "checkpoints").exists():
             raise ConfigError(f"{workdir} holds a trained run; choose another --workdir for {args.checkpoint}")
-        check_writable(workdir)
-        settings.save(config, workdir)
     if not args.corpus:
         return config, config, workdir
     corpus = manifest.read(args.corpus)
@@ -238,7 +242,10 @@ def _assert_own_place(root: Path, results: Path) -> None:
     if root.name.split("-")[0] in manifest.SPLITS:
         raise ConfigError(f"{results} is for results on the run's own corpus; rename the directory {root}")
     summary = results / "summary.json"
-    before = json.loads(summary.read_text(encoding="utf-8"))["root"] if summary.is_file() else str(root)
+    try:
+        before = json.loads(summary.read_text(encoding="utf-8"))["root"] if summary.is_file() else str(root)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ConfigError(f"{summary} is not what an evaluation writes; move it away") from None
     if before != str(root):
         raise ConfigError(f"{results} is of {before}; move it away, or rename the directory {root}")
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import FrozenConfigDict
 
-from ambijax import card, checkpoint, convert, errors, hugging_face, listener, peft, settings
+from ambijax import card, checkpoint, convert, errors, hugging_face, listener, peft, settings, workdir
 from ambijax.errors import ConfigError
 from ambijax.hugging_face import Parameter
 from ambijax.model.config import LoraConfig
@@ -71,7 +71,7 @@ def export(
         _assert_same_base(run, config, meta)
         wanted = hugging_face.parameters_of(Path(config.model.checkpoint))
         need = sum(p.size * len(p.keys) for p in wanted) * jnp.dtype(dtype or config.model.dtype).itemsize
-    with convert.new_directory(out, need) as partial:
+    with workdir.new_directory(out, need) as partial:
         if kind == "peft":
             peft.save(trained["lora"], partial, LoraConfig(**config.lora), base_model)
         else:

@@ -32,7 +32,9 @@ class Clock:
         """Goes on from the account in `path`; a damaged one starts anew, since nothing depends on it. None: no file."""
         self._path = path
         self._starts, self.seconds, self._done_at = 1, dict.fromkeys(BUCKETS, 0.0), {}
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        with contextlib.suppress(
+            *(OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+        ):
             before = json.loads(path.read_bytes()) if path else {}
             self.seconds = {bucket: float(before["seconds"][bucket]) for bucket in BUCKETS}
             self._done_at = {int(step): float(seconds) for step, seconds in before["productive_at"].items()}

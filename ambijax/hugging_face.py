@@ -164,7 +164,7 @@ def read_json(path: Path) -> dict:
     """The JSON object in a file."""
     try:
         value = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is not a JSON object")

@@ -55,7 +55,7 @@ class Lines:
         if not hosts.is_main():
             return
         try:
-            if path.exists():
+            if path.exists() or path.is_symlink():
                 self._drop(first)
             self._file = path.open("ab", buffering=0)
         except OSError as error:
@@ -63,7 +63,8 @@ class Lines:
 
     def _drop(self, first: int) -> None:
         partial, damaged = self._path.with_name(f".{self._path.name}.partial"), 0
-        with self._path.open("rb") as old, partial.open("wb") as kept:
+        partial.unlink(missing_ok=True)
+        with self._path.open("rb") as old, partial.open("xb") as kept:
             for line in old:
                 step = _step(line)
                 damaged += step is None

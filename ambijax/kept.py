@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import re
 import sys
 import time
 import uuid
@@ -22,6 +23,7 @@ from ambijax.errors import DataError
 
 FORMAT = 1  # part of every key; raised when an entry is written in another way
 _SHA = hashlib.sha256().digest_size  # bytes
+_PARTIAL = re.compile("[0-9a-f]+-[0-9a-f]{32}")  # what is written here, and nothing that somebody else put there
 _STALE = 24 * 3600  # seconds after which nobody is still writing a file in partial/
 
 
@@ -64,7 +66,7 @@ class Shelf:
         if self._root:
             with contextlib.suppress(OSError):
                 for path in (self._root / "partial").glob("*"):
-                    if time.time() - path.stat().st_mtime > _STALE:
+                    if _PARTIAL.fullmatch(path.name) and time.time() - path.stat().st_mtime > _STALE:
                         path.unlink()
 
     @property

@@ -56,12 +56,14 @@ class Corpus:
 
     def path(self, utterance: Utterance) -> Path:
         """Where the utterance's audio lies; never outside the audio root."""
+        return self.sound(utterance.id, utterance.audio)
+
+    def sound(self, name: str, audio: str) -> Path:
+        """`path` by what a record of `name` says."""
         root = self.audio_root or self.root
-        path = (root / utterance.audio).resolve()
+        path = (root / audio).resolve()
         if not path.is_relative_to(root.resolve()):
-            raise DataError(
-                f"{utterance.id}: audio path '{utterance.audio}' leaves the corpus root {root}, by itself or by a link"
-            )
+            raise DataError(f"{name}: audio path '{audio}' leaves the corpus root {root}, by itself or by a link")
         return path
 
     def classes(self) -> tuple[str, ...]:
@@ -85,7 +87,8 @@ def write(corpus: Corpus) -> None:
 
 def _replace(path: Path, lines: Iterable[str]) -> None:
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8", newline="\n") as file:
+    partial.unlink(missing_ok=True)
+    with partial.open("x", encoding="utf-8", newline="\n") as file:
         file.writelines(f"{line}\n" for line in lines)
     partial.replace(path)
 
@@ -114,8 +117,8 @@ def _utterance(record: object, where: str) -> Utterance:
     for emotion, count in record["votes"].items():
         if not isinstance(count, int | float) or isinstance(count, bool) or not 0 <= count <= _VOTES_MAX:
             raise DataError(f"{where}: the votes for {emotion!r} must be a number of annotators, got {count!r}")
-        if not emotion.strip():
-            raise DataError(f"{where}: votes are for an emotion without a name")
+        if not emotion or emotion != emotion.strip():
+            raise DataError(f"{where}: votes are for {emotion!r}; an emotion has a name, without blanks around it")
     if record["fold"] < 0:
         raise DataError(f"{where}: fold must be 0 or more, got {record['fold']}")
     try:

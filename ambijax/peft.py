@@ -144,6 +144,8 @@ def load(directory: str | Path, config: LoraConfig) -> dict:
         raise ConfigError(f"{path} is cut short or not safetensors ({error}); copy it again") from None
     tensors = {hugging_face.old_name(key.removeprefix(_PREFIX)): value for key, value in found.items()}
     layers = 1 + max((int(n) for key in tensors for n in re.findall(r"\.layers\.(\d+)\.", key)), default=-1)
+    if layers > len(tensors):
+        raise ConfigError(f"{path}: a tensor of layer {layers - 1:.20g} among {len(tensors)}; copy it again")
     lora = {}
     for module, name in _MODULES.items():
         for leaf in ("a", "b"):

@@ -67,6 +67,7 @@ def collect(
     *,
     decoding: Decoding = GREEDY,
     after: Sequence[dict] = (),
+    wait: bool = False,
 ) -> list[dict]:
     """All records of a split; computes and writes those that are not yet in `directory/predictions.jsonl`.
 
@@ -78,6 +79,7 @@ def collect(
       name: of the progress bar.
       decoding: how the model reasons.
       after: records of the split in any order, whose reasonings are read out after instead, one an utterance.
+      wait: for another process that is writing there: a training does not end because somebody looks at it.
 
     Raises:
       ConfigError: another process is writing there, or nobody can, or the disk is full.
@@ -85,7 +87,7 @@ def collect(
     size = sharding.round_up(setting.config.eval.batch_size, setting.mesh)
     directory = hosts.notes(directory)
     path = directory / "predictions.jsonl"
-    with workdir.lock(directory):
+    with workdir.lock(directory, wait=wait):
         origin = _origin(setting, variables, dataset, decoding, after)
         records = hosts.from_main(_begun(directory, origin))
         if len(records) < len(dataset):
@@ -117,7 +119,7 @@ def read(directory: Path) -> list[dict]:
     for number, line in enumerate(lines[:-1], 1):  # a killed process may have cut the last one
         try:
             records.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: not JSON ({error}); remove the file and evaluate again") from None
     return records
 

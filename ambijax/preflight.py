@@ -65,7 +65,25 @@ def check_corpus(config: FrozenConfigDict, write: bool) -> None:
                 f"{corpus.root}: no utterance is left for {' and '.join(empty)} with data.fold={config.data.fold} and "
                 f"data.dev={config.data.dev}; the corpus needs three folds, or two with data.dev=groups"
             )
+        _check_votes(corpus, parts, config.data.labels)
         manifest.check_sounds(corpus)
+
+
+def _check_votes(corpus: manifest.Corpus, parts: dict, labels: tuple[str, ...]) -> None:
+    """Raises DataError: somebody's votes would be lost, to other classes or to a word that is spelled otherwise."""
+    asked = [u for utterances in parts.values() for u in utterances]
+    voted = {id(u) for u in manifest.voted(asked, labels)}
+    if without := [u.id for u in asked if id(u) not in voted]:
+        raise DataError(
+            f"{corpus.root}: {len(without)} of {len(asked)} utterances have no vote on data.labels={tuple(labels)}, "
+            f"for one {without[0]}; the classes there are {', '.join(corpus.classes())}"
+        )
+    there = {emotion for u in asked for emotion, n in u.votes.items() if n}
+    if (silent := [label for label in labels if label not in there]) and (lost := sorted(there - set(labels))):
+        raise DataError(
+            f"{corpus.root}: nobody voted on {', '.join(silent)}, and votes on {', '.join(lost)} would be left out; "
+            "set data.labels"
+        )
 
 
 def is_to_be_written(config: FrozenConfigDict) -> bool:

@@ -169,6 +169,7 @@ RULES = {
 
 # Keys that came later, with what a run did before it could say so: history, which no new run is given. A new key goes
 # here too, or the runs of earlier versions can no longer be read.
+FREED = ("tracker", "tracker_audio")  # what once had to be equal to resume
 ADDED = {
     "tracker": "",
     "tracker_audio": False,

@@ -28,7 +28,10 @@ from ambijax.workdir import lock
 ATTEMPTS = 3  # starts of one run; a resumed run goes on where it was
 POLL = 0.5  # s between looks at the running processes
 # What may differ between a run as planned and as found: where things lie, and how the work is cut.
-_FREE = ("mesh", "checkpoint", "log_every", "compilation_cache", "model.checkpoint", "data.root", "eval.batch_size")
+_FREE = (
+    *("mesh", "hosts", "checkpoint", "log_every", "warn", "watchdog_seconds", "tracker", "tracker_audio"),
+    *("compilation_cache", "model.checkpoint", "data.root", "data.features", "eval.batch_size"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +108,11 @@ def _flat(config: dict) -> dict:
 def seconds_per_step(runs: Sequence[Run]) -> float | None:
     """The median over what these runs have logged; None before the first step."""
     logs = [run.directory / "metrics.jsonl" for run in runs]
-    lines = [line for log in logs if log.exists() for line in log.read_text().splitlines() if line.endswith("}")]
-    seconds = [line["seconds"] for line in map(json.loads, lines) if "seconds" in line]  # the last is of dev alone
+    lines = [line for log in logs if log.exists() for line in log.read_text(errors="replace").split("\n")]
+    seconds = []
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged, or of dev alone
+            seconds.append(float(json.loads(line)["seconds"]))
     return statistics.median(seconds) if seconds else None
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from absl import logging
 from ml_collections import FrozenConfigDict
 
-from ambijax import audio, digest, errors, settings
+from ambijax import audio, digest, errors, manifest, settings
 from ambijax.errors import AmbijaxError, ConfigError
 
 NAMES = ("tensorboard", "wandb", "trackio")
@@ -115,7 +115,7 @@ def _records(path: Path) -> Iterator[dict]:
 
 def _table(config: FrozenConfigDict, directory: Path) -> tuple[list[dict], list[np.ndarray | None]]:
     """The first predictions of a split as rows, and their sounds, None where they are not wanted."""
-    root = Path(json.loads((directory / "summary.json").read_text())["root"])
+    corpus = manifest.Corpus(Path(json.loads((directory / "summary.json").read_text())["root"]), ())
     records = [record for record, _ in zip(_records(directory / "predictions.jsonl"), range(ROWS), strict=False)]
     labels = config.data.labels
     rows = []
@@ -124,7 +124,7 @@ def _table(config: FrozenConfigDict, directory: Path) -> tuple[list[dict], list[
         heard = {label: f"{p:.2f}" for label, p in zip(labels, record["readout"], strict=True)}
         words = {key: record.get(key) or "" for key in ("transcript", "reasoning")} if config.tracker_audio else {}
         rows.append({"id": record["id"], "js": record["js"], "votes": _line(said), "readout": _line(heard)} | words)
-    return rows, [audio.load(root / r["audio"]) if config.tracker_audio else None for r in records]
+    return rows, [audio.load(corpus.sound(r["id"], r["audio"])) if config.tracker_audio else None for r in records]
 
 
 def _line(distribution: dict[str, str]) -> str:

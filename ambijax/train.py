@@ -91,7 +91,9 @@ def train(config: FrozenConfigDict, directory: Path) -> None:
             state = restored[1]
             clock.resumed(restored[0])
             tqdm.tqdm.write(f"resumed {directory} at step {restored[0]}")
-        if config.steps == 0:
+        else:
+            clock.resumed(0)  # what was done before a first checkpoint is lost as well
+        if config.steps == 0 or (config.eval.checkpoint == "best" and not restored):  # the start may be the best
             saved.save(0, state, meta)
         clock.lap("init")
         update = make_update(setting, ALGORITHMS[config.algorithm].loss, optimizer, state)
@@ -199,7 +201,9 @@ def assess(run: Run, state: TrainState, step: int) -> dict[str, float]:
     run.saved.wait()
     run.clock.lap("checkpoint")
     dev = run.sets["dev"].spread(config.dev_clips)
-    records = predictions.collect(run.setting, run.variables(state), dev, run.directory / "eval" / "dev", "dev")
+    records = predictions.collect(
+        run.setting, run.variables(state), dev, run.directory / "eval" / "dev", "dev", wait=True
+    )
     scores = {name: value for name, value in evaluate.summarise(records).items() if value is not None}
     run.saved.score(step, scores[config.metric])
     if hosts.is_main():
@@ -216,13 +220,13 @@ def report(run: Run, state: TrainState) -> str:
     if config.eval.base and not assemble.trains_base(config):  # else the base is gone
         where = run.directory / "eval" / "test-base"
         untrained = {"params": variables["params"]}
-        rows["base"] = evaluate.run(run.setting, untrained, test, where, "base", rows=floors, base=True)
+        rows["base"] = evaluate.run(run.setting, untrained, test, where, "base", rows=floors, base=True, wait=True)
     if config.eval.checkpoint == "best":
         run.saved.wait()  # for the last score
         step, variables = assemble.trained(run.setting, variables, run.directory)
         chosen = f"; {title} as of step {step}, the best on dev"
     where = run.directory / "eval" / "test"
-    rows[title] = evaluate.run(run.setting, variables, test, where, title, rows=floors, base=False)
+    rows[title] = evaluate.run(run.setting, variables, test, where, title, rows=floors, base=False, wait=True)
     held_out = len({u.speaker for u in test.utterances})
     return f"\n{len(test)} clips of {held_out} held-out speakers{chosen}\n{evaluate.table(rows)}"
 

@@ -1,6 +1,7 @@
 """A step that hangs says where: after `seconds` without a sign of life all stacks are written to a file."""
 
 import faulthandler
+import os
 import threading
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class Watchdog:
 
     def __exit__(self, *_: object) -> None:
         self.rest()
+        empty = not os.fstat(self._file.fileno()).st_size
         self._file.close()
-        if not self._path.stat().st_size:
-            self._path.unlink()
+        if empty:
+            self._path.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -31,7 +32,8 @@ def replace(path: Path, text: str) -> None:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        partial.unlink(missing_ok=True)  # a killed process's, or a link in somebody's run that leads elsewhere
+        with partial.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -41,17 +43,22 @@ def replace(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def lock(directory: Path) -> Iterator[None]:
+def lock(directory: Path, *, wait: bool = False) -> Iterator[None]:
     """Holds `directory` for this process: two trainers in one directory would overwrite each other's checkpoints.
 
     The kernel drops the lock when the process dies, however it dies, so a dead trainer's lock is simply free.
+
+    Args:
+      directory: made if need be.
+      wait: until a living process that holds it lets go, and say so, instead of raising.
 
     Raises:
       ConfigError: a living process holds it; names its pid and host.
     """
     check_writable(directory)
     try:
-        file = (directory / "lock").open("a+", errors="replace")
+        how = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # the run may be somebody else's
+        file = open(os.open(directory / "lock", how, 0o666), "a+", errors="replace")  # noqa: SIM115
     except OSError as error:
         raise ConfigError(f"cannot write {directory / 'lock'}: {error.strerror}; remove it") from None
     with file:
@@ -60,7 +67,10 @@ def lock(directory: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read() or "another process"
-            raise ConfigError(f"{directory} is in use by {holder}; stop it or choose another --workdir") from None
+            if not wait:
+                raise ConfigError(f"{directory} is in use by {holder}; stop it or choose another --workdir") from None
+            logging.warning("%s is in use by %s; waiting for it", directory, holder)
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:  # a network disk without locks must still be able to train
             logging.warning("cannot lock %s (%s); start only one trainer there", directory, error.strerror)
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same, it only says less
@@ -68,3 +78,46 @@ def lock(directory: Path) -> Iterator[None]:
             file.write(f"pid {os.getpid()} on {socket.gethostname()}")
             file.flush()
         yield
+
+
+@contextlib.contextmanager
+def new_directory(out: Path, need: int) -> Iterator[Path]:
+    """Yields a directory that becomes `out` when all is written, and goes when something fails."""
+    if out.exists():
+        raise ConfigError(f"{out} already exists; remove it or choose another name")
+    partial = out.with_name(out.name + ".partial")
+    try:
+        with _claimed(partial):
+            free = shutil.disk_usage(partial).free
+            if need > free:
+                raise ConfigError(f"{out} may need {need:,} bytes, and {free:,} are free there")
+            yield partial
+            partial.rename(out)
+    except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+        raise ConfigError(f"cannot write {out}: {error}") from error
+
+
+@contextlib.contextmanager
+def _claimed(directory: Path) -> Iterator[None]:
+    """Makes a directory, empty and this process's alone as long as it lives; what fails in it removes it.
+
+    Raises:
+      ConfigError: another process is writing there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a network disk without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{directory} is being written by another process; choose another name") from None
+        try:
+            for left in directory.iterdir():  # by a killed process
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            yield
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+    finally:
+        os.close(handle)

@@ -255,6 +255,13 @@ def test_a_name_that_no_disk_takes_is_a_bad_file_like_others(tmp_path):
         audio.load(tmp_path / f"{'x' * 300}.wav")
 
 
+def test_a_header_that_no_recorder_writes_is_a_bad_file(tmp_path):
+    """Half a minute of it would take gigabytes."""
+    soundfile.write(tmp_path / "clip.flac", np.zeros((1000, 8)), 655_350)
+    with pytest.raises(DataError, match="655350 Hz and 8 channels"):
+        audio.load(tmp_path / "clip.flac")
+
+
 def test_headerless_files_are_refused(tmp_path):
     (tmp_path / "clip.raw").write_bytes(b"\1\2" * 16_000)
     with pytest.raises(DataError, match="not a readable sound file"):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -338,6 +339,12 @@ def test_a_best_one_that_is_damaged_is_said_and_not_kept(root, caplog, file):
         checkpoints.restore(like(make_state(0)), META)
         checkpoints.save(30, make_state(30), META)
     assert names(root) == ["step_00000020", "step_00000030"]
+
+
+def test_what_once_had_to_be_equal_does_not_keep_a_run_from_resuming():
+    check_meta({"seed": 0, "tracker": "wandb", "tracker_audio": True}, {"seed": 0}, Path("here"))
+    with pytest.raises(ConfigError, match="seed is 0"):
+        check_meta({"seed": 0, "tracker": "wandb"}, {"seed": 1}, Path("here"))
 
 
 def test_missing_commit_files_fall_back(root, caplog):

@@ -90,6 +90,20 @@ def test_other_classes_cannot_be_compared(tmp_path):
         compare.read([tmp_path / name for name in "ab"], "test")
 
 
+def test_other_votes_cannot_be_compared(tmp_path):
+    """As where a manifest was mended between two evaluations."""
+    for name in "ab":
+        _run(tmp_path / name, 0, range(5), 0.5)
+    path = tmp_path / "b/eval/test/predictions.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records[3]["target"] = [1, 0, 0, 0]
+    path.write_text("".join(json.dumps(line) + "\n" for line in records))
+    with pytest.raises(DataError, match="other votes, for one u3"):
+        compare.differences([compare.read([tmp_path / name], "test") for name in "ab"], CONFIG)
+    with pytest.raises(DataError, match="other votes, for one u3"):
+        compare.read([tmp_path / name for name in "ab"], "test")
+
+
 def test_other_utterances_cannot_be_compared(tmp_path):
     _run(tmp_path / "a", 0, range(5), 0.5)
     _run(tmp_path / "b", 0, range(1, 6), 0.5)

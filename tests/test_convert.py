@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from ambijax import convert, errors, hugging_face, sharding
+from ambijax import convert, errors, hugging_face, sharding, workdir
 from ambijax.errors import ConfigError
 from ambijax.model import config as model_config
 from tests.published import (
@@ -360,3 +360,17 @@ def test_conversion_holds_less_than_one_parameter(tmp_path, checkpoint):
         env=os.environ | {"MALLOC_ARENA_MAX": "1"},  # or what the C library's arenas hoard is counted too
     )
     assert int(done.stdout.split()[-1]) < 0.25 * largest
+
+
+def test_two_writers_of_one_directory_do_not_mix(tmp_path):
+    with workdir.new_directory(tmp_path / "out", 0) as mine:
+        (mine / "a").write_text("mine")
+        refused = pytest.raises(ConfigError, match="is being written by another process")
+        with refused, workdir.new_directory(tmp_path / "out", 0):
+            pytest.fail("both write")
+        assert (mine / "a").read_text() == "mine"
+    assert (tmp_path / "out/a").read_text() == "mine"
+    (tmp_path / "late.partial/left").mkdir(parents=True)  # by a killed process
+    with workdir.new_directory(tmp_path / "late", 0):
+        pass
+    assert not list((tmp_path / "late").iterdir())

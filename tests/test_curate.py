@@ -897,6 +897,11 @@ def test_the_speakers_own_words_are_no_leak() -> None:
     assert faults_of("a rating suggests it", transcript="We are celebrating.") != []
 
 
+def test_a_row_of_digits_takes_no_time() -> None:
+    assert [fault.split(":")[0] for fault in faults_of("1" * 200_000)] == ["length"]
+    assert faults_of("1" * 4_000) == []
+
+
 def test_markdown_is_taken_off() -> None:
     marked = "```text\n" + GOLD.replace("Keywords:", "**Keywords:**").replace("Step 1", "## Step 1") + "\n```"
     assert checks.plain(marked) == GOLD

@@ -430,6 +430,10 @@ UP = "base_model.model.language_model.model.layers.1.mlp.up_proj.lora_A.weight"
         (lambda d: edit(d, peft_type="IA3"), "peft_type is 'IA3'"),
         (lambda d: edit(d, use_dora=True, rank_pattern={"q": 4}), "no use_dora=True, rank_pattern="),
         (lambda d: edit(d, init_lora_weights="pissa"), "no init_lora_weights='pissa'"),
+        (
+            lambda d: rewrite(d, lambda t: t.update({UP.replace(".1.", f".{10**9}."): t[UP]})),
+            "a tensor of layer 1000000000",
+        ),
         (lambda d: edit(d, layer_replication=[[0, 2]]), "no layer_replication="),
         (lambda d: rewrite(d, lambda t: t[UP].fill(np.nan)), "up_proj holds NaN or infinity"),
         (lambda d: edit(d, r=None), "r=None and lora_alpha=16 must be numbers"),

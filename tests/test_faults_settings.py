@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from ambijax import checkpoint, doctor, errors, preflight, rules, settings
+from ambijax import checkpoint, doctor, errors, manifest, preflight, rules, settings
 from ambijax.errors import ConfigError, DataError
 from tests.command import ROOT, SMALL, needs_tiny, run
 
@@ -298,3 +298,22 @@ def test_the_doctor_says_what_is_here_and_no_key(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["ambijax.doctor", *arguments, "--config.mesh.data=3"])
     with pytest.raises(ConfigError, match="does not make 8 devices"):
         doctor.main()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("('anger','neutrall')", "nobody voted on neutrall, and votes on neutral would be left out"),
+        (
+            "('surprise','neutral')",
+            r"1 of 3 utterances have no vote on .*, for one u0; the classes there are anger, neutral",
+        ),
+    ],
+)
+def test_votes_that_would_be_lost_are_named_before_any_weight_is_read(labels, message, tmp_path):
+    votes = [{"anger": 2}, {"anger": 1, "neutral": 2}, {"anger": 1, "neutral": 3}]
+    people = [manifest.Utterance(f"u{i}", f"{i}.wav", "", f"s{i}", i, v) for i, v in enumerate(votes)]
+    manifest.write(manifest.Corpus(tmp_path, tuple(people)))
+    argv = ["t", "--config=configs/sft.py:cremad", "--workdir=w", f"--config.data.root={tmp_path}"]
+    with pytest.raises(DataError, match=message):
+        preflight.check_corpus(settings.parse([*argv, f"--config.data.labels={labels}"])[0], write=False)

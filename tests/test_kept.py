@@ -267,8 +267,10 @@ def test_killed_while_writing_it_keeps_whole_entries_only(tmp_path):
     assert not shelf.damaged
     for i, entry in enumerate(found):
         assert entry is None or (np.asarray(entry) == i).all()
-    old = tmp_path / "partial" / "old"
-    old.touch()
-    os.utime(old, (0, 0))
+    old, others = tmp_path / "partial" / f"{KEY}-{'0' * 32}", tmp_path / "partial" / "draft.txt"
+    for path in (old, others):
+        path.touch()
+        os.utime(path, (0, 0))
     kept.Shelf(str(tmp_path))
     assert not old.exists()
+    assert others.exists()  # nobody knows what else lies in a directory that somebody named

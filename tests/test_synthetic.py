@@ -230,7 +230,6 @@ def test_two_writers_of_one_corpus_both_succeed(tmp_path, monkeypatch):
     def meanwhile(root, spec):  # the other process is faster
         write_alone(root, spec)
         monkeypatch.setattr(synthetic, "_write", write_alone)
-        monkeypatch.setattr(synthetic.os, "getpid", lambda: -1)
         synthetic.write(tmp_path / "c", spec)
 
     monkeypatch.setattr(synthetic, "_write", meanwhile)

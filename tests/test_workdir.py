@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 
 from ambijax import journal
 from ambijax.errors import ConfigError
-from ambijax.workdir import check_writable, lock
+from ambijax.watchdog import Watchdog
+from ambijax.workdir import check_writable, lock, replace
 
 HOLDER = textwrap.dedent("""
     import pathlib, sys, time
@@ -89,3 +91,37 @@ def test_without_git_and_outside_its_clone_there_is_no_commit(tmp_path, monkeypa
         assert journal.commit() is None
     monkeypatch.setenv("PATH", str(tmp_path))
     assert journal.commit() is None
+
+
+def test_links_in_somebodys_run_lead_nowhere(tmp_path):
+    """Archives and repositories carry them; what they point to is the user's."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine").write_text("precious")
+    for name in ("lock", ".summary.json.partial"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
+    replace(tmp_path / "run/summary.json", "{}")
+    assert not (tmp_path / "run/summary.json").is_symlink()
+    with pytest.raises(ConfigError, match=r"cannot write .*lock"), lock(tmp_path / "run"):
+        pass
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_lock_may_be_waited_for(tmp_path, holder):
+    waited = []
+
+    def wait() -> None:
+        with lock(tmp_path, wait=True):
+            waited.append(holder.poll())
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    waiting.join(0.5)
+    assert not waited
+    holder.kill()
+    waiting.join(20)
+    assert waited
+
+
+def test_a_watchdogs_file_may_have_been_tidied_away(tmp_path):
+    with Watchdog(tmp_path / "stacks-0.txt", 60.0):
+        (tmp_path / "stacks-0.txt").unlink()

@@ -16,9 +16,9 @@ as they were. (Their chains of thought may change: a speaker's usual voice is me
 import csv
 import dataclasses
 import json
-import os
 import re
 import shutil
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -225,7 +225,7 @@ def write(root: str | Path, spec: Spec) -> manifest.Corpus:
     record = json.dumps({"generator": GENERATOR, **dataclasses.asdict(spec)}, indent=1) + "\n"
     if _complete(root, record):
         return manifest.read(root)
-    partial = root.with_name(f"{root.name}.partial-{os.getpid()}")
+    partial = root.with_name(f"{root.name}.partial-{uuid.uuid4().hex}")  # not its pid, which is 1 in every container
     try:
         _write(partial, spec)
         (partial / "spec.json").write_text(record)

@@ -29,7 +29,7 @@ _UNIT = (
     r"(?:[\s-]*(?:to|–|-)\s*\d*\.?\d+)?[\s-]*(?:k?hz|db|m?s\b|m?sec|milli|semitone|syllable|word|octave|st\b|times\b)"
 )
 _NUMBERS = re.compile(
-    rf"\d+(?:\.\d+)?\s*(?:%|per ?cent)|\b\d+\s*/\s*\d+"
+    rf"(?<!\d)\d+(?:\.\d+)?\s*(?:%|per ?cent)|\b\d+\s*/\s*\d+"
     rf"|\b{_COUNT} out of (?:the )?{_COUNT}\b|\b\d+ of (?:the )?{_COUNT}\b"
     rf"|(?<![\d.])0?\.\d+(?!\d)(?!{_UNIT})|\b(?:one|two|three)[- ](?:third|quarter|fifth)s?\b"
     rf"|\b{_COUNT} (?:listeners|people|persons|hearers|humans)\b",
@@ -73,7 +73,7 @@ def faults(text: str, transcript: str, labels: Sequence[str], max_chars: int) ->
     """
     found = [f"format: {problem}" for problem in reasoning.problems(text)]
     if len(text) > max_chars:
-        found.append(f"length: {len(text)} characters, at most {max_chars} are allowed")
+        return [*found, f"length: {len(text)} characters, at most {max_chars} are allowed"]
     if control := _CONTROL.search(text):
         found.append(f"format: contains the control token {control.group()!r}")
     names = "|".join(map(re.escape, labels))

@@ -108,7 +108,8 @@ def forget_failed(path: Path) -> None:
         return
     records = results(path)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as file:
         file.writelines(_line(record) for record in records if record["status"] != "failed")
         file.flush()
         os.fsync(file.fileno())

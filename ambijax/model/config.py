@@ -118,7 +118,9 @@ def load(directory: str | Path) -> Qwen2AudioConfig:
         raise ConfigError(f"no model at {directory}: {path} does not exist")
     try:
         return from_dict(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
+    except (TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"{path}: not the configuration of a Qwen2-Audio ({error})") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None

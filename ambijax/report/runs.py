@@ -115,6 +115,11 @@ def read(directories: Sequence[Path], split: str, corpus: Path | None) -> Report
                 f"{run.directory} predicts {', '.join(run.labels)}, but {first.directory} {', '.join(first.labels)}; "
                 "give each its own report"
             )
+    votes: dict[str, list[float]] = {}
+    for run in runs:
+        for record in (*run.before, *run.after):
+            if not np.allclose(votes.setdefault(record["id"], record["target"]), record["target"]):
+                raise DataError(f"{run.directory}: {record['id']} was measured against other votes; evaluate again")
     return Report(runs, _systems(runs), first.labels, split, _corpus(first, corpus))
 
 
@@ -207,15 +212,15 @@ def _lines(path: Path) -> Iterator[tuple[str, dict]]:
                 raise DataError(f"{where}: not JSON ({error}); evaluate the run again") from None
             if not isinstance(record, dict):
                 raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}")
-            if "\\ud" in line:  # half a character cannot be written to any file
+            if "\\ud" in line.lower():  # half a character cannot be written to any file
                 record = json.loads(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace"))
             yield where, record
 
 
 def _prediction(record: dict, where: str, k: int) -> dict:
     """The record, once it is sure that everything the report reads is there and is what it should be."""
-    for name in ("id", "speaker", "reasoning"):
-        if not isinstance(record.get(name), str):
+    for name in ("id", "speaker", "reasoning", "gender"):
+        if not isinstance(record.get(name), str) and (name != "gender" or record.get(name) is not None):
             raise DataError(f"{where}: {name} must be text, got {record.get(name)!r:.60}; evaluate the run again")
     for name in _NUMBERS:
         if not finite(record.get(name)):
@@ -231,7 +236,10 @@ def _prediction(record: dict, where: str, k: int) -> dict:
 
 
 def finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
 
 
 def _distribution(value: object, what: str, k: int) -> None:
