@@ -26,6 +26,7 @@ from ambijax import (
     peft,
     prompt,
     reasoning,
+    rules,
     settings,
     sharding,
 )
@@ -43,6 +44,11 @@ _UNTOLD = {
     "windows": [256, 512, 768, 1024, 1536, 2048, 3000],
     "temperature": 1.0,
     "batch_size": 16,
+}
+_SETTINGS = {  # what each of them is in a run
+    **{key: f"data.{key}" for key in ("labels", "cot", "max_tokens", "windows")},
+    **{"style": "prompt.style", "temperature": "readout.temperature"},
+    **{"batch_size": "eval.batch_size", "dtype": "model.dtype"},
 }
 _NO_LORA = LoraConfig(rank=1, alpha=1.0, dropout=0.0, audio_tower=False)  # of a model without adapters: unused
 _MESH = {"data": 1, "fsdp": -1, "tensor": 1}  # all devices that are here, whatever it was trained on
@@ -275,10 +281,14 @@ def _told(directory: Path, labels: Sequence[str] | None) -> dict:
     if told and told.get("format") != FORMAT:
         raise ConfigError(f"{directory / ABOUT} has format {told.get('format')!r}, this ambijax reads {FORMAT}")
     told = {"dtype": "float32" if jax.default_backend() == "cpu" else "bfloat16"} | _UNTOLD | told
-    labels = labels or told.get("labels")
+    labels = list(labels) if labels else told.get("labels")
     if not labels:
         raise ConfigError(f"{directory} does not say which emotions to choose from; name them with labels")
-    return told | {"labels": tuple(labels)}
+    told |= {"labels": tuple(labels) if isinstance(labels, list) else labels}
+    held = {key: rules.RULES[setting] for key, setting in _SETTINGS.items()}
+    if wrong := [f"{key}={told[key]!r:.60} must be {r.what}" for key, r in held.items() if not r.holds(told[key])]:
+        raise ConfigError(f"{directory / ABOUT}: {'; '.join(wrong)}")
+    return told
 
 
 def _config(checkpoint: Path, told: dict, lora: LoraConfig = _NO_LORA, init_from: str | Path = "") -> FrozenConfigDict:

@@ -64,6 +64,7 @@ class Vocabulary:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
 
+TOKENS_MAX = 2**22  # ids; a larger one is a mistake of a file, which would be made room for
 _SPECIAL = {  # field of Vocabulary -> name in the tokenizer; ids differ between checkpoints, names do not
     "im_start": "<|im_start|>",
     "im_end": "<|im_end|>",
@@ -114,6 +115,8 @@ def load(directory: str | Path, labels: Sequence[str]) -> Vocabulary:
             "log-probability of their tokens"
         )
     size = 1 + max(tokenizer.get_vocab().values())
+    if size > TOKENS_MAX:
+        raise ConfigError(f"{path}: a token has the id {size - 1}, and no model embeds more than {TOKENS_MAX} tokens")
     texts = tokenizer.decode_batch([[token] for token in range(size)], skip_special_tokens=False)
     return Vocabulary(
         tokenizer=tokenizer,

@@ -261,3 +261,14 @@ def test_long_lists_are_cut(tmp_path):
     tensors = {name: value for name, value in random_tensors(TINY).items() if "audio_tower" not in name}
     with pytest.raises(ConfigError, match=r"37 missing tensors \(audio_tower\S+, audio\S+, audio\S+ and 34 more\)$"):
         load(write(tmp_path, tensors))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [{"num_hidden_layers": 10**9}, {"hidden_size": "abc"}, {"num_attention_heads": 0}, {"rope_scaling": "linear"}, 5],
+)
+def test_a_configuration_that_is_none_is_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN | {"text_config": text}))
+    with pytest.raises(ConfigError, match=r"config\.json") as caught:
+        model_config.load(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import ambijax
-from ambijax import audio, errors, export, listing, policy, predict
+from ambijax import audio, errors, export, listener, listing, policy, predict
 from ambijax.errors import ConfigError, DataError
 from tests import small, trained
 
@@ -314,3 +314,23 @@ def test_names_of_files_need_not_be_text(run, clips, tmp_path, monkeypatch, caps
     assert command(monkeypatch, "--model", run, odd, "--out", tmp_path / "a.jsonl") == 0
     assert "caf\\udce9.wav" in (tmp_path / "a.csv").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8"))["audio"] == str(odd)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": "anger"}, "labels='anger' must be"),
+        ({"labels": [1, 2]}, r"labels=\(1, 2\) must be"),
+        ({"temperature": 0, "dtype": "x"}, r"temperature=0 must be .*; dtype='x' must be"),
+        ({"batch_size": -1}, "batch_size=-1 must be"),
+        ({"windows": 3}, "windows=3 must be"),
+        ({"style": []}, r"style=.. must be"),
+    ],
+)
+def test_what_an_export_says_of_itself_is_checked(tmp_path, change, message):
+    """It may be somebody else's."""
+    shutil.copytree(trained.TINY, tmp_path / "model")
+    told = {"format": listener.FORMAT, "labels": list(LABELS)} | change
+    (tmp_path / "model" / listener.ABOUT).write_text(json.dumps(told))
+    with pytest.raises(ConfigError, match=message):
+        ambijax.load(tmp_path / "model")

@@ -10,6 +10,7 @@ from pathlib import Path
 from ambijax.errors import ConfigError
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu")  # implemented in layers.py
+LAYERS_MAX = 1000  # more are a mistake of a file, which would be made room for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +101,11 @@ def from_dict(raw: dict) -> Qwen2AudioConfig:
     known.setdefault("head_dim", known["hidden_size"] // known["num_attention_heads"])
     if known["num_attention_heads"] % known["num_key_value_heads"]:
         raise ConfigError("text_config: num_attention_heads must be a multiple of num_key_value_heads")
+    heard = AudioConfig(**_fields(AudioConfig, audio))
+    if not 1 <= known.get("num_hidden_layers", 1) <= LAYERS_MAX or not 1 <= heard.encoder_layers <= LAYERS_MAX:
+        raise ConfigError(f"num_hidden_layers and encoder_layers must be 1 to {LAYERS_MAX}")
     return Qwen2AudioConfig(
-        audio=AudioConfig(**_fields(AudioConfig, audio)),
+        audio=heard,
         text=TextConfig(**known),
         audio_token=raw.get("audio_token_index") or raw.get("audio_token_id") or Qwen2AudioConfig.audio_token,
     )
