@@ -108,7 +108,8 @@ def describe(directory: str | Path) -> tuple[LoraConfig, str]:
     if about.get("peft_type") != "LORA":
         raise ConfigError(f"{path}: peft_type is {about.get('peft_type')!r}; only LORA can be read")
     odd = [f"{key}={about[key]!r}" for key, off in _OFF.items() if (about.get(key) or off) != off]
-    odd += [f"{key}={about[key]!r}" for key in ("init_lora_weights",) if about.get(key, True) not in _INITIAL]
+    if (begun := about.get("init_lora_weights", True)) not in _INITIAL:
+        odd.append(f"init_lora_weights={begun!r}")
     if odd:
         raise ConfigError(f"{path}: this model has no {', '.join(odd)}; merge the adapter with PEFT and use the result")
     rank, alpha = about.get("r"), about.get("lora_alpha")

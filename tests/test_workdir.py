@@ -125,3 +125,4 @@ def test_a_lock_may_be_waited_for(tmp_path, holder):
 def test_a_watchdogs_file_may_have_been_tidied_away(tmp_path):
     with Watchdog(tmp_path / "stacks-0.txt", 60.0):
         (tmp_path / "stacks-0.txt").unlink()
+    assert not any(tmp_path.iterdir())
