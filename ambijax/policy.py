@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from ambijax import losses, readout, sampling
-from ambijax.model.decoder import Past
+from ambijax.model.decoder import Past, decoding_kernel
 from ambijax.model.qwen2_audio import Qwen2Audio
-from ambijax.model.transposed import TransposedLayer, product, spaced, transposed_layers
+from ambijax.model.transposed import TransposedLayer, product, transposed_layers
 from ambijax.structs import Completions, Prompt, Rollout, Scores
 
 
@@ -146,7 +146,7 @@ class _Writer(NamedTuple):
     variables: dict
     layers: tuple[TransposedLayer, ...]
     prefix: Prefix
-    head: jax.Array  # [V, D], transposed and spaced as the layers are
+    head: jax.Array  # [V, D], transposed as the layers are
     tokens: Tokens
     ends_line: jax.Array  # bool [V]
     turn: tuple[jax.Array, jax.Array]  # rope's angles of every completion token, [B, 1, N, 1, D / 2] each
@@ -210,7 +210,8 @@ def rollout(
         return _append(writer, s, logits, token, logp)
 
     s = _start(model, prefix, tokens, *keys.shape, max_tokens)
-    for room in [max_tokens] if model.decoding == "triton" else cache_stages(max_tokens):
+    reads_all = decoding_kernel(model.decoding, s.own, model.dtype) is None
+    for room in cache_stages(max_tokens) if reads_all else [max_tokens]:
         s = s._replace(own=s.own.grown(s.own.mask.shape[-1] + room))
         s = _write(step, s, room)
     return _finish(writer, s)
@@ -250,7 +251,7 @@ def _writer(
         layers=transposed_layers(variables, model.config.text, model.lora, model.dtype, joined),
         prefix=prefix._replace(past=prefix.past.unstacked(model.cache, by_channel=model.decoding == "xla")),
         # Behind a barrier it stays turned around also where it is used outside the loop.
-        head=jax.lax.optimization_barrier(spaced(model.apply(variables, method="head").T)),
+        head=jax.lax.optimization_barrier(model.apply(variables, method="head").T),
         tokens=tokens,
         ends_line=ends_line,
         turn=model.apply(variables, positions, method="turn"),

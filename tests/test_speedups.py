@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ambijax import losses, policy
-from ambijax.model import lora, transposed
+from ambijax.model import lora
 from ambijax.model.layers import Segment, attention
 from ambijax.packing import packing
 from tests import small
@@ -203,13 +203,3 @@ def test_what_a_layer_keeps_changes_no_gradient(model, variables, remat):
     (loss, gradient), (kept_loss, kept) = (_loss_and_gradient(m, *given) for m in (model, model.clone(remat=remat)))
     np.testing.assert_allclose(loss, kept_loss, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, kept)
-
-
-def test_spaced_rows_change_no_product(model, variables):
-    weight, x = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(3, 7, 64), (64, 2, 5)]))
-    longer = transposed.spaced(weight)
-    assert longer.shape == (3, 7, 68)
-    by = transposed.product(longer, x, jnp.float32)
-    np.testing.assert_allclose(by, np.einsum("abd,dgt->abgt", weight, x), rtol=1e-5, atol=1e-5)
-    layers = transposed.transposed_layers(variables, model.config.text, model.lora, model.dtype)
-    assert all(m.weight.shape[-1] % 16 for layer in layers for m in (layer.qkv, layer.out, layer.gate_up, layer.down))

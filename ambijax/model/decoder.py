@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ambijax import sharding
+from ambijax.model import cpu_kernels
 from ambijax.model.config import LoraConfig, TextConfig
 from ambijax.model.layers import (
     ACTIVATIONS,
@@ -320,16 +321,15 @@ class Decoder(nn.Module):
             own.k[i], own.v[i] = put(own.k[i], k, slot), put(own.v[i], v, slot)
             return [p.segment(p.k[i], p.v[i]) for p in (prompt, own)]
 
-        def by_kernel(i: int, qkv: jax.Array) -> jax.Array:
-            from ambijax.model import decode_kernel  # needs what a later JAX may not have, and few use it
-
+        def by_kernel(kernel: Callable, i: int, qkv: jax.Array) -> jax.Array:
             angles, caches = tuple(z[:, 0, 0, 0] for z in turn), (own.k[i], own.v[i])
             read = (prompt.k[i], prompt.v[i], prompt.mask)
-            attended, (own.k[i], own.v[i]) = decode_kernel.attend(qkv[..., 0], angles, read, caches, slot)
+            attended, (own.k[i], own.v[i]) = kernel(qkv[..., 0], angles, read, caches, slot)
             return attended.reshape(-1, *qkv.shape[3:])
 
-        by_parts = functools.partial(self._attend, turn, segments)
-        hidden = self._layer_by_layer(x, layers, by_kernel if self.decoding == "triton" else by_parts)
+        kernel = decoding_kernel(self.decoding, own, x.dtype)
+        attend = functools.partial(by_kernel, kernel) if kernel else functools.partial(self._attend, turn, segments)
+        hidden = self._layer_by_layer(x, layers, attend)
         return hidden, own.replace(k=tuple(own.k), v=tuple(own.v))
 
     def peek(self, block: Block, past: tuple[Past, ...], layers: tuple[TransposedLayer, ...]) -> jax.Array:
@@ -370,6 +370,16 @@ class Decoder(nn.Module):
     def head(self) -> jax.Array:
         """The output matrix [hidden, vocabulary]."""
         return self.embed_tokens.embedding.T if self.config.tie_word_embeddings else self.lm_head
+
+
+def decoding_kernel(decoding: str, own: Past, dtype: jnp.dtype) -> Callable | None:
+    """By which attention to a cache is computed in `decode`; None: by XLA, which reads every slot of it."""
+    if decoding == "triton":
+        from ambijax.model import decode_kernel  # needs what a later JAX may not have, and few use it
+
+        return decode_kernel.attend
+    rounded = isinstance(own.k[0], tuple)
+    return cpu_kernels.decode if not rounded and cpu_kernels.serves(dtype, own.k[0].shape[-1]) else None
 
 
 def _heads_first(z: jax.Array) -> jax.Array:

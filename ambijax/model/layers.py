@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ambijax.model import kernels, lora
+from ambijax.model import cpu_kernels, kernels, lora
 from ambijax.model.config import LoraConfig
 from ambijax.model.lora import PRODUCT
 
@@ -195,10 +195,12 @@ def attention(q: jax.Array, segments: Sequence[Segment], implementation: str = "
     b, g, t, h, d = q.shape
     if implementation != "xla" and len(segments) == 1 and segments[0].k.shape[-2] == t:
         return checkpoint_name(_fused(q, segments[0], kernels.KERNELS[implementation]), PRODUCT)
+    keys, values, masks, _ = zip(*segments, strict=True)
+    if cpu_kernels.serves(q.dtype, d):
+        return cpu_kernels.attend(q, keys, values, masks)
     kv_heads = segments[0].k.shape[1]
     # Batch axes first, and the rows that share keys side by side: one large product for a shared segment.
     q = jnp.einsum("bgtkrd->bkgrtd", q.reshape(b, g, t, kv_heads, h // kv_heads, d) * d**-0.5)
-    keys, values, masks, _ = zip(*segments, strict=True)
     out = _attention(q, keys, values, tuple(mask[:, None, :, None] for mask in masks))
     return jnp.einsum("bkgrtd->bgtkrd", out).reshape(b, g, t, h, d)
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ambijax.model import cpu_kernels
 from ambijax.model.config import LoraConfig, TextConfig
 from ambijax.model.lora import merges
 
@@ -21,7 +22,7 @@ from ambijax.model.lora import merges
 class Transposed(NamedTuple):
     """Matrices of one input, side by side: y = (W x) scale + bias + b (a x), with x [D, ...] and y [*N, ...]."""
 
-    weight: jax.Array  # [*N, D] or with longer rows (`spaced`), float or int8
+    weight: jax.Array  # [*N, D], float or int8
     scale: jax.Array | None  # [*N], of int8
     bias: jax.Array | None  # [*N]
     a: jax.Array | None  # [r, D]
@@ -39,18 +40,10 @@ class Transposed(NamedTuple):
 
 
 def product(weight: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """W x with W [*N, D], or with rows that are longer by zeros, and x [D, ...]: [*N, ...] in `dtype`."""
-    longer = [(0, weight.shape[-1] - len(x))] + [(0, 0)] * (x.ndim - 1)
-    return jnp.tensordot(weight.astype(x.dtype), jnp.pad(x, longer), 1, preferred_element_type=dtype)
-
-
-def spaced(weight: jax.Array) -> jax.Array:
-    """Rows four zeros longer, where `merges` says that a CPU multiplies them in float32.
-
-    Neighbouring rows of whole cache lines wait for their lines all at the same time: on a Xeon, products with some 30
-    columns take a sixth longer, and with others no less (docs/log.md).
-    """
-    return jnp.pad(weight, [(0, 0)] * (weight.ndim - 1) + [(0, 4)]) if merges(weight.dtype) else weight
+    """W x with W [*N, D] and x [D, ...]: [*N, ...] in `dtype`."""
+    if weight.dtype == x.dtype == dtype and cpu_kernels.serves(dtype):
+        return cpu_kernels.product(weight, x)
+    return jnp.tensordot(weight.astype(x.dtype), x, 1, preferred_element_type=dtype)
 
 
 class Joined(NamedTuple):
@@ -117,7 +110,7 @@ def _takes_adapters(matrix: jax.Array | Transposed) -> bool:
 
 def _merged(matrix: Transposed) -> Transposed:
     weight = matrix.weight.astype(matrix.a.dtype) + jnp.tensordot(matrix.b, matrix.a, 1)
-    return matrix._replace(weight=spaced(weight), a=None, b=None)
+    return matrix._replace(weight=weight, a=None, b=None)
 
 
 def _joined(matrix: Transposed) -> Joined:

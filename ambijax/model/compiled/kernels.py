@@ -1,0 +1,34 @@
+"""The kernels there are. Importing this compiles them, once on a machine."""
+
+from collections.abc import Callable
+
+from ambijax.model.compiled import attention, calls, products
+
+FORWARD, BACKWARD, DECODE, PRODUCT = range(4)
+CHUNK = products.CHUNK
+call = calls.call
+
+
+def _work(key: int) -> Callable:
+    def work(record):
+        """What each thread does in a call."""
+        key  # noqa: B018  numba keeps machine code under it
+        kind, buffers, segments = calls.begin(record)
+        item = calls.take(record)
+        while item >= 0:
+            if kind == FORWARD:
+                attention.forward(item, buffers, segments)
+            elif kind == BACKWARD:
+                attention.backward(item, buffers, segments)
+            elif kind == DECODE:
+                attention.decode(item, buffers)
+            else:
+                products.product(item, buffers)
+            item = calls.take(record)
+        calls.leave(record)
+        return 0
+
+    return work
+
+
+calls.register(_work)

@@ -1,0 +1,142 @@
+"""Products of float32 matrices in tiles that stay in registers.
+
+A matrix is given by the address of its first number and by how many numbers lie between its rows, so that any part of
+an array is one, and a transposed one too.
+"""
+
+import functools
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from ambijax.model.compiled.calls import clear, compiled
+
+_LONG = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
+WIDTH = 16 if _LONG else 8  # numbers in a vector
+CHUNK = 120  # rows of an item of `product`, a multiple of its tiles'
+
+_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_VECTOR = ir.VectorType(_F32, WIDTH)
+
+
+def _tile(rows: int, vectors: int, ahead: bool):
+    """C += A B for C [rows, vectors x WIDTH]; `ahead` brings in the rows of A that follow."""
+
+    @intrinsic
+    def tile(typing, a, a_row, a_column, b, b_row, c, c_row, k):
+        def generate(context, builder, signature, args):
+            _write_tile(builder, rows, vectors, ahead, *args)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), generate
+
+    return tile
+
+
+def _write_tile(builder, rows, vectors, ahead, a, a_row, a_column, b, b_row, c, c_row, k):
+    add, times, number = builder.add, builder.mul, functools.partial(ir.Constant, _I64)
+    places = [(i, j * WIDTH) for i in range(rows) for j in range(vectors)]
+
+    def at(base: ir.Value, index: ir.Value, kind: ir.Type) -> ir.Value:
+        return builder.inttoptr(add(base, times(index, number(4))), kind.as_pointer())
+
+    def load(base: ir.Value, index: ir.Value, kind: ir.Type) -> ir.Value:
+        return builder.load(at(base, index, kind), align=4)
+
+    targets = [at(c, add(times(number(i), c_row), number(j)), _VECTOR) for i, j in places]
+    start, before = [builder.load(target, align=4) for target in targets], builder.block
+    loop, after = builder.append_basic_block(), builder.append_basic_block()
+    builder.branch(loop)
+
+    builder.position_at_end(loop)
+    step, sums = builder.phi(_I64), [builder.phi(_VECTOR) for _ in places]
+    if ahead:  # as they follow these: a line at every step brings all of them in
+        _fetch(builder, at(a, times(number(rows), add(a_row, step)), ir.IntType(8)))
+    right = [load(b, add(times(step, b_row), number(j * WIDTH)), _VECTOR) for j in range(vectors)]
+    left = [load(a, add(times(number(i), a_row), times(step, a_column)), _F32) for i in range(rows)]
+    left = [_everywhere(builder, x) for x in left]
+    new = [_multiply_add(builder, left[i], right[j // WIDTH], x) for (i, j), x in zip(places, sums, strict=True)]
+    following = add(step, number(1))
+    for phi, first, later in zip([step, *sums], [number(0), *start], [following, *new], strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(later, loop)
+    builder.cbranch(builder.icmp_signed("<", following, k), loop, after)
+
+    builder.position_at_end(after)
+    for target, x in zip(targets, new, strict=True):
+        builder.store(x, target, align=4)
+
+
+def _multiply_add(builder, x, y, z):
+    kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{WIDTH}f32"), [x, y, z])
+
+
+def _everywhere(builder, x):
+    """A vector of one number."""
+    nothing, first = ir.Constant(_VECTOR, ir.Undefined), ir.Constant(ir.VectorType(_I32, WIDTH), [0] * WIDTH)
+    return builder.shuffle_vector(builder.insert_element(nothing, x, ir.Constant(_I32, 0)), nothing, first)
+
+
+def _fetch(builder, place):
+    """Brings what lies at a place into the cache; nothing happens where there is no memory."""
+    kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
+    to_read, for_long, as_data = (ir.Constant(_I32, n) for n in (0, 3, 1))
+    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(fetch, [place, to_read, for_long, as_data])
+
+
+def _band(rows: int, vectors: int, ahead: bool = False):
+    """C [m, vectors x WIDTH] += A [m, k] B [k, vectors x WIDTH], k > 0."""
+    many, one = _tile(rows, vectors, ahead), _tile(1, vectors, ahead)
+
+    @compiled
+    def band(m, k, a, a_row, a_column, b, b_row, c, c_row):
+        i = 0
+        while m - i >= rows:
+            many(a + 4 * i * a_row, a_row, a_column, b, b_row, c + 4 * i * c_row, c_row, k)
+            i += rows
+        while i < m:
+            one(a + 4 * i * a_row, a_row, a_column, b, b_row, c + 4 * i * c_row, c_row, k)
+            i += 1
+
+    return band
+
+
+# Tiles take most of the 32 or 16 registers there are, and leave some for A and B.
+_BROAD = 4 if _LONG else 2
+_broad, _narrow = _band(6, _BROAD), _band(6, 1)
+_two_ahead, _one_ahead = _band(10 if _LONG else 6, 2, ahead=True), _band(12, 1, ahead=True)
+
+
+@compiled
+def add_product(m, n, k, a, a_row, a_column, b, b_row, c, c_row):
+    """C [m, n] += A [m, k] B [k, n]; n a multiple of WIDTH."""
+    j = 0
+    while k > 0 and n - j >= _BROAD * WIDTH:
+        _broad(m, k, a, a_row, a_column, b + 4 * j, b_row, c + 4 * j, c_row)
+        j += _BROAD * WIDTH
+    while k > 0 and j < n:
+        _narrow(m, k, a, a_row, a_column, b + 4 * j, b_row, c + 4 * j, c_row)
+        j += WIDTH
+
+
+@compiled
+def product(item, z):
+    """CHUNK rows of W X. Buffers: W [N, D or more], X [D, a multiple of WIDTH]. Result: [N, as X].
+
+    With few columns most of the time is that of bringing W in, and what a core fetches unasked ends with each row.
+    """
+    n, stride, k, columns = z[1], z[2], z[9], z[10]
+    first, m = item * CHUNK, min(CHUNK, n - item * CHUNK)
+    w, x, y = z[0] + 4 * first * stride, z[8], z[16] + 4 * first * columns
+    clear(y, m * columns)
+    j = 0
+    while columns - j >= 2 * WIDTH:
+        _two_ahead(m, k, w, stride, 1, x + 4 * j, columns, y + 4 * j, columns)
+        j += 2 * WIDTH
+    if j < columns:
+        _one_ahead(m, k, w, stride, 1, x + 4 * j, columns, y + 4 * j, columns)
