@@ -20,7 +20,7 @@ from ambijax import audio, hosts, kept, sharding
 from ambijax.data import Sound
 from ambijax.errors import DataError
 from ambijax.manifest import Corpus, Utterance
-from ambijax.model import encoder, kernels, layers, qwen2_audio
+from ambijax.model import compiled, cpu_kernels, encoder, kernels, layers, qwen2_audio
 from ambijax.model.qwen2_audio import Qwen2Audio
 
 CLIPS = 16  # clips encoded at once
@@ -163,7 +163,8 @@ def _outputs(
 def _origin(model: Qwen2Audio, params: dict, mesh: Mesh) -> str:
     """The digest of all that a tower output depends on to the last bit, the clip and its window aside: weights, shape,
     precision, code, libraries and devices."""
-    modules = (audio, kernels, layers, encoder, qwen2_audio, sys.modules[__name__])
+    modules = (audio, kernels, cpu_kernels, layers, encoder, qwen2_audio, sys.modules[__name__])
+    libraries = ("jax", "jaxlib", "flax", "numpy", "numba", "llvmlite", "scipy", "soxr")
     about = {
         "format": kept.FORMAT,
         "config": repr(model.config),
@@ -171,8 +172,8 @@ def _origin(model: Qwen2Audio, params: dict, mesh: Mesh) -> str:
         "dtype": str(np.dtype(model.dtype)),
         "mesh": dict(mesh.shape),
         "devices": mesh.devices.flat[0].device_kind,
-        "code": [hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() for module in modules],
-        "versions": [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy", "scipy", "soxr")],
+        "code": [compiled.SOURCES, *(hashlib.sha256(Path(m.__file__).read_bytes()).hexdigest() for m in modules)],
+        "versions": [importlib.metadata.version(name) for name in libraries],
     }
     sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     weights = {name: params[name] for name in ("audio_tower", "multi_modal_projector")}

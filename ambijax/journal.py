@@ -17,7 +17,7 @@ from ambijax.errors import ConfigError
 
 def environment() -> dict:
     """Versions, commit and devices of this run."""
-    packages = ("ambijax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+    packages = ("ambijax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "numba")
     return {
         "python": sys.version.split()[0],
         "packages": {name: importlib.metadata.version(name) for name in packages},

@@ -28,6 +28,7 @@ def get_config(corpus: str) -> ConfigDict:
     c.model.dtype = "bfloat16"  # of base weights and activations; adapters, norms and softmax stay float32
     c.model.weights = "float"  # int8: the decoder layers' matrices in half the memory, .8 % off (docs/int8.md)
     c.model.cache = "float"  # int8: keys and values of a roll-out in about half the memory (docs/int8.md)
+    # In float32 on one CPU device "xla" is kernels of our own (ambijax/model/cpu_kernels.py).
     c.model.attention = "xla"  # of tower and prompt; cudnn on GPUs, splash on TPUs: fused kernels, not measured yet
     c.model.decoding = "xla"  # attention of roll-outs; triton on a GPU: one kernel a layer, no slot read in vain
     # A layer keeps what its matrix products made, 2.7 MB a token at 7B, and computes norms, rope and softmax again: a

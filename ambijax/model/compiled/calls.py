@@ -5,9 +5,7 @@ there are none, and the last one to leave says that the results are there. Nobod
 """
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 import jax
 import llvmlite.binding
@@ -17,8 +15,11 @@ from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_TARGET = "ambijax_kernels"  # the name by which XLA knows them
-_WORK = "ambijax_work"  # and the name of what a thread does
+from ambijax.model.compiled import SOURCES
+
+# The name by which XLA knows them, another after every change: compiled programs are kept longer than one version.
+_TARGET = f"ambijax_kernels_{SOURCES[:16]}"
+_WORK = "ambijax_work"  # what a thread does
 _BUFFERS = 32  # operands and results of a call, at most
 
 # The record, in words of eight bytes. What threads share stands in cache lines of its own.
@@ -119,12 +120,8 @@ def leave(record):
 @compiled
 def _fill_in(f, record):
     """The record of a call frame: eight words for each buffer, its address and its sizes; and the attributes."""
-    z, operands, results, attributes = (
-        _words(record, _RECORD),
-        _words(f[9], f[7]),
-        _words(f[14], f[12]),
-        _words(f[20], 3),
-    )
+    z, attributes = _words(record, _RECORD), _words(f[20], 3)
+    operands, results = _words(f[9], f[7]), _words(f[14], f[12])
     for i in range(f[7] + f[12] - 1):
         buffer = _words(operands[i] if i < f[7] else results[i - f[7]], 6)  # XLA_FFI_Buffer
         sizes = _words(buffer[5], buffer[4])
@@ -163,21 +160,24 @@ def _handle(key: int) -> Callable:
     return handle
 
 
-def _entry(make: Callable[[int], Callable]) -> object:
-    """A function that C can call with an address. Machine code stays on disk until a file of this package changes."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    key = int(hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:15], 16)
-    signature = types.int64(types.int64)
+_entries = []  # machine code lives as long as what holds it
+
+
+def _entry(make: Callable[[int], Callable]) -> int:
+    """The address of a function for C, which takes an address. Machine code stays on disk until SOURCES changes."""
+    function, signature = make(int(SOURCES[:15], 16)), types.int64(types.int64)
     try:
-        return cfunc(signature, cache=True)(make(key))
+        entry = cfunc(signature, cache=True)(function)
     except RuntimeError:  # numba's "no locator available": it may write nowhere, and every process compiles anew
-        return cfunc(signature)(make(key))
+        entry = cfunc(signature)(function)
+    _entries.append(entry)
+    return entry.address
 
 
 def register(work: Callable[[int], Callable]) -> None:
     """Makes `work(key)`, a function of a record's address, what each thread does in a call of `call`."""
-    llvmlite.binding.add_symbol(_WORK, _entry(work).address)
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(_entry(_handle).address), platform="cpu")
+    llvmlite.binding.add_symbol(_WORK, _entry(work))
+    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(_entry(_handle)), platform="cpu")
 
 
 def call(
