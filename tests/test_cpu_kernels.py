@@ -1,6 +1,9 @@
 """The kernels of a CPU compute what the plain formulas say, and the model uses them: float32, one device."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 
 from ambijax import policy, sharding
-from ambijax.model import cpu_kernels, decode_kernel
+from ambijax.model import compiled, cpu_kernels, decode_kernel
 from ambijax.model.layers import Segment, attention, rotation
 from tests import small
 from tests.test_speedups import _loss_and_gradient, _plain_attention
@@ -140,3 +143,18 @@ def test_calls_on_all_devices_at_once():
     given = [jax.device_put((weight, x), device) for device in jax.devices()]
     for result in [run(*z) for z in given] * 2:
         np.testing.assert_array_equal(result, run(*given[0]))
+
+
+def test_a_program_names_the_source_of_the_kernels_it_calls():
+    # Programs are kept on disk: one of an earlier version would call a kernel that reads other operands.
+    text = jax.jit(cpu_kernels.product).lower(jnp.ones((3, 4)), jnp.ones((4, 2))).as_text()
+    assert compiled.SOURCES[:16] in text
+
+
+@pytest.mark.slow
+def test_machine_code_is_made_once(tmp_path):
+    script = "from ambijax.model.compiled import calls, kernels; print([e.cache_hits for e in calls._entries])"
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    run = [sys.executable, "-c", script]
+    said = [subprocess.run(run, env=environment, check=True, capture_output=True, text=True).stdout for _ in range(2)]
+    assert said == ["[0, 0]\n", "[1, 1]\n"]
