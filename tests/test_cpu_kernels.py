@@ -95,6 +95,13 @@ def test_products_with_few_columns(rows, columns):
     np.testing.assert_allclose(y, np.tensordot(weight.astype(np.float64), x, 1), atol=2e-5)
 
 
+@pytest.mark.parametrize("r", [1, 4, 7, 12])
+@pytest.mark.parametrize("d", [16, 64, 208])
+def test_sums_over_rows(r, d):
+    y, x = _random(3, 37, r), _random(3, 37, d)
+    np.testing.assert_allclose(jax.jit(cpu_kernels.over_rows)(y, x), np.einsum("bnr,bnd->rd", y, x), atol=2e-5)
+
+
 def test_a_roll_out_and_an_update_are_those_without_the_kernels(model, monkeypatch):
     wide = dataclasses.replace(model.config.text, head_dim=16)
     model = model.clone(config=dataclasses.replace(model.config, text=wide))
@@ -109,7 +116,7 @@ def test_a_roll_out_and_an_update_are_those_without_the_kernels(model, monkeypat
 
     calls = _calls(monkeypatch)
     ours = run(model)
-    assert {"attend", "decode", "product"} == calls
+    assert {"attend", "decode", "product", "over_rows"} == calls
     monkeypatch.setattr(cpu_kernels, "serves", lambda *_: False)
     without = run(model.clone(remat="everything_saveable"))  # another model, or jit takes what it has traced
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), without, ours)
@@ -118,7 +125,7 @@ def test_a_roll_out_and_an_update_are_those_without_the_kernels(model, monkeypat
 def _calls(monkeypatch):
     """Names of the kernels that are asked for from now on."""
     calls = set()
-    for name in ("attend", "decode", "product"):
+    for name in ("attend", "decode", "product", "over_rows"):
         kernel = getattr(cpu_kernels, name)
         monkeypatch.setattr(cpu_kernels, name, lambda *a, name=name, kernel=kernel: calls.add(name) or kernel(*a))
     return calls

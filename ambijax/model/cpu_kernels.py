@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ambijax.model.lora import PRODUCT
-
+PRODUCT = "product"  # names what `layers.keep` keeps
 _WIDTH = 16  # numbers in the longest vectors that CPUs have
 
 
@@ -102,3 +101,13 @@ def product(weight: jax.Array, x: jax.Array) -> jax.Array:
     result = jax.ShapeDtypeStruct((len(rows), whole.shape[1]), x.dtype)
     [y] = kernels.call(kernels.PRODUCT, -(-len(rows) // kernels.CHUNK), [result], [rows, whole])
     return y[:, :count].reshape(*weight.shape[:-1], *x.shape[1:])
+
+
+def over_rows(y: jax.Array, x: jax.Array) -> jax.Array:
+    """Y^T X over all axes but the last, [r, D] of y [..., r] and x [..., D], with few r."""
+    from ambijax.model.compiled import kernels
+
+    y, x = (z.reshape(-1, z.shape[-1]) for z in (y, x))
+    result = jax.ShapeDtypeStruct((y.shape[1], x.shape[1]), x.dtype)
+    [sums] = kernels.call(kernels.OVER_ROWS, -(-x.shape[1] // kernels.COLUMNS), [result], [y, x])
+    return sums

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ambijax.model import cpu_kernels, kernels, lora
 from ambijax.model.config import LoraConfig
-from ambijax.model.lora import PRODUCT
+from ambijax.model.cpu_kernels import PRODUCT
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),

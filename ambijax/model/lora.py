@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-PRODUCT = "product"  # names what `layers.keep` keeps
+from ambijax.model import cpu_kernels
+from ambijax.model.cpu_kernels import PRODUCT
 
 
 def merges(dtype: jnp.dtype) -> bool:
@@ -63,7 +64,7 @@ def _merged_backward(saved: tuple, by_y: jax.Array) -> tuple[jax.Array, jax.Arra
     x, w, a, b = saved
     by_x, by_narrow = by_y @ (w + a @ b).T, by_y @ b.T
     # The gradient by W is dead code under jit wherever W is frozen.
-    return by_x, _over_rows(x, by_y), _over_rows(by_narrow, x).T, _over_rows(x @ a, by_y)
+    return by_x, _over_rows(x, by_y), _few_over_rows(by_narrow, x).T, _few_over_rows(x @ a, by_y)
 
 
 merged.defvjp(_merged_forward, _merged_backward)
@@ -73,3 +74,8 @@ def _over_rows(y: jax.Array, z: jax.Array) -> jax.Array:
     """y^T z over all axes but the last, [D, F] of y [..., D] and z [..., F]."""
     rows = tuple(range(y.ndim - 1))
     return jax.lax.dot_general(y, z, ((rows, rows), ((), ())))
+
+
+def _few_over_rows(y: jax.Array, z: jax.Array) -> jax.Array:
+    """The same with few columns in y."""
+    return (cpu_kernels.over_rows if cpu_kernels.serves(z.dtype, z.shape[-1]) else _over_rows)(y, z)

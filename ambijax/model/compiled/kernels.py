@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from ambijax.model.compiled import attention, calls, products
 
-FORWARD, BACKWARD, DECODE, PRODUCT = range(4)
-CHUNK = products.CHUNK
+FORWARD, BACKWARD, DECODE, PRODUCT, OVER_ROWS = range(5)
+CHUNK, COLUMNS = products.CHUNK, products.COLUMNS
 call = calls.call
 
 
@@ -22,8 +22,10 @@ def _work(key: int) -> Callable:
                 attention.backward(item, buffers, segments)
             elif kind == DECODE:
                 attention.decode(item, buffers)
-            else:
+            elif kind == PRODUCT:
                 products.product(item, buffers)
+            else:
+                products.over_rows(item, buffers)
             item = calls.take(record)
         calls.leave(record)
         return 0

@@ -17,13 +17,15 @@ from ambijax.model.compiled.calls import clear, compiled
 _LONG = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
 WIDTH = 16 if _LONG else 8  # numbers in a vector
 CHUNK = 120  # rows of an item of `product`, a multiple of its tiles'
+COLUMNS = 4 * WIDTH  # of an item of `over_rows`
+_LATER = 8  # rows until a row is needed that is brought in now
 
 _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _VECTOR = ir.VectorType(_F32, WIDTH)
 
 
-def _tile(rows: int, vectors: int, ahead: bool):
-    """C += A B for C [rows, vectors x WIDTH]; `ahead` brings in the rows of A that follow."""
+def _tile(rows: int, vectors: int, ahead: str):
+    """C += A B for C [rows, vectors x WIDTH]; `ahead` brings in the next rows of "a" or a later row of "b"."""
 
     @intrinsic
     def tile(typing, a, a_row, a_column, b, b_row, c, c_row, k):
@@ -53,8 +55,12 @@ def _write_tile(builder, rows, vectors, ahead, a, a_row, a_column, b, b_row, c, 
 
     builder.position_at_end(loop)
     step, sums = builder.phi(_I64), [builder.phi(_VECTOR) for _ in places]
-    if ahead:  # as they follow these: a line at every step brings all of them in
+    if ahead == "a":  # as they follow these: a line at every step brings all of them in
         _fetch(builder, at(a, times(number(rows), add(a_row, step)), ir.IntType(8)))
+    if ahead == "b":
+        later = times(add(step, number(_LATER)), b_row)
+        for j in range(0, vectors * WIDTH, 16):
+            _fetch(builder, at(b, add(later, number(j)), ir.IntType(8)))
     right = [load(b, add(times(step, b_row), number(j * WIDTH)), _VECTOR) for j in range(vectors)]
     left = [load(a, add(times(number(i), a_row), times(step, a_column)), _F32) for i in range(rows)]
     left = [_everywhere(builder, x) for x in left]
@@ -89,7 +95,7 @@ def _fetch(builder, place):
     builder.call(fetch, [place, to_read, for_long, as_data])
 
 
-def _band(rows: int, vectors: int, ahead: bool = False):
+def _band(rows: int, vectors: int, ahead: str = ""):
     """C [m, vectors x WIDTH] += A [m, k] B [k, vectors x WIDTH], k > 0."""
     many, one = _tile(rows, vectors, ahead), _tile(1, vectors, ahead)
 
@@ -109,7 +115,8 @@ def _band(rows: int, vectors: int, ahead: bool = False):
 # Tiles take most of the 32 or 16 registers there are, and leave some for A and B.
 _BROAD = 4 if _LONG else 2
 _broad, _narrow = _band(6, _BROAD), _band(6, 1)
-_two_ahead, _one_ahead = _band(10 if _LONG else 6, 2, ahead=True), _band(12, 1, ahead=True)
+_two_ahead, _one_ahead = _band(10 if _LONG else 6, 2, ahead="a"), _band(12, 1, ahead="a")
+_sum_broad, _sum_narrow = _band(4, _BROAD, ahead="b"), _band(4, 1, ahead="b")
 
 
 @compiled
@@ -140,3 +147,18 @@ def product(item, z):
         j += 2 * WIDTH
     if j < columns:
         _one_ahead(m, k, w, stride, 1, x + 4 * j, columns, y + 4 * j, columns)
+
+
+@compiled
+def over_rows(item, z):
+    """COLUMNS of Y^T X, sums over many rows. Buffers: Y [N, r], X [N, D], D a multiple of WIDTH. Result: [r, D]."""
+    n, r, d = z[1], z[2], z[10]
+    first, last = item * COLUMNS, min((item + 1) * COLUMNS, d)
+    for i in range(r):
+        clear(z[16] + 4 * (i * d + first), last - first)
+    while last - first >= _BROAD * WIDTH:
+        _sum_broad(r, n, z[0], 1, r, z[8] + 4 * first, d, z[16] + 4 * first, d)
+        first += _BROAD * WIDTH
+    while first < last:
+        _sum_narrow(r, n, z[0], 1, r, z[8] + 4 * first, d, z[16] + 4 * first, d)
+        first += WIDTH
