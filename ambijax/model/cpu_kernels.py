@@ -1,7 +1,9 @@
-"""Attention, and products with few columns, on a CPU by our own kernels (compiled/): XLA's take about twice as long.
+"""Attention, products with few columns and sums over many rows, on a CPU by our own kernels (compiled/).
 
-B prompts   G sequences of one prompt   T new tokens   S keys of a segment   N outputs   D inputs, or head width
-K key-value heads   R query heads to each   H = K R
+XLA's take about twice as long (docs/log.md).
+
+    B prompts   G sequences of one prompt   T new tokens   S keys of a segment   N outputs   D inputs, or head width
+    K key-value heads   R query heads to each   H = K R   r few
 """
 
 import jax
@@ -15,7 +17,7 @@ _WIDTH = 16  # numbers in the longest vectors that CPUs have
 def serves(dtype: jnp.dtype, width: int = _WIDTH) -> bool:
     """Whether they compute this: in float32, on one CPU device, heads of whole vectors."""
     mesh = jax.sharding.get_abstract_mesh()
-    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    platform = mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()
     return platform == "cpu" and dtype == jnp.float32 and width % _WIDTH == 0 and (mesh.empty or mesh.size == 1)
 
 
