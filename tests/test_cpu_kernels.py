@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from ambijax import policy, sharding
-from ambijax.model import compiled, cpu_kernels, decode_kernel
-from ambijax.model.layers import Segment, attention, rotation
+from ambijax.model import compiled, cpu_kernels
+from ambijax.model.layers import Segment, attention, rope, rotation
 from tests import small
 from tests.test_speedups import _loss_and_gradient, _plain_attention
 
@@ -72,18 +72,30 @@ def test_queries_that_see_nothing_disturb_nobody():
 
 
 @pytest.mark.parametrize(("p", "r", "d"), [(70, 2, 16), (5, 1, 32), (96, 3, 16)])
-def test_a_new_token_attends_as_by_the_other_kernels_and_lies_in_its_slot(p, r, d):
+def test_a_new_token_attends_as_the_formula_says_and_lies_in_its_slot(p, r, d):
     b, g, k, n = 2, 3, 2, 140
     qkv, keys, values = _random(k, r + 2, d, b, g), _random(b, k, p, d), _random(b, k, p, d)
     exists, own = np.arange(p) >= np.array([[0], [p // 2]]), (_random(b, k, g, n, d), _random(b, k, g, n, d))
     for slot in (0, 15, 139):
-        turn = tuple(z[:, 0] for z in rotation(jnp.array([p, p // 2]) + slot, d, 1e4))
+        turn = rotation(jnp.array([p, p // 2]) + slot, d, 1e4)
         by_channel = (jnp.swapaxes(keys, 2, 3), values, exists)
-        ours = jax.jit(cpu_kernels.decode)(qkv, turn, by_channel, own, jnp.int32(slot))
-        theirs = decode_kernel.attend(qkv, turn, (keys, values, exists), own, jnp.int32(slot), interpret=True)
-        assert np.abs(theirs[0]).max() > 0.3
-        for a, b_ in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-            np.testing.assert_allclose(a, b_, atol=2e-6)
+        given = (qkv, tuple(z[:, 0] for z in turn), by_channel, own, jnp.int32(slot))
+        out, written = jax.jit(cpu_kernels.decode)(*given)
+
+        by_head = jnp.einsum("kndbg->bgknd", qkv)
+        turn = tuple(z[:, None, None] for z in turn)
+        q, new = (rope(z, turn) for z in (by_head[..., :r, :], by_head[..., r, None, :]))
+        new = (jnp.einsum("bgkd->bkgd", z) for z in (new[..., 0, :], by_head[..., r + 1, :]))
+        expected = [cache.copy() for cache in own]
+        for cache, z in zip(expected, new, strict=True):
+            cache[:, :, :, slot] = z
+        for a, b_ in zip(written, expected, strict=True):
+            np.testing.assert_allclose(a, b_, atol=1e-6)
+        seen = np.broadcast_to(np.arange(n) <= slot, (b, g, 1, n))
+        segments = [Segment(keys, values, exists[:, None, None]), Segment(*expected, seen)]
+        plain = _plain_attention(q.reshape(b, g, 1, k * r, d), segments).reshape(b, g, k, r, d)
+        assert np.abs(plain).max() > 0.3
+        np.testing.assert_allclose(out, jnp.einsum("bgkrd->krdbg", plain), atol=2e-6)
 
 
 @pytest.mark.parametrize("columns", [(1,), (5,), (2, 8), (3, 11), (4, 9), (100,)])
