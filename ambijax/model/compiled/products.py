@@ -7,18 +7,20 @@ an array is one, and a transposed one too.
 import functools
 
 import llvmlite.binding
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ambijax.model.compiled.calls import clear, compiled
+from ambijax.model.compiled.calls import clear, compiled, floats
 
 _LONG = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
 WIDTH = 16 if _LONG else 8  # numbers in a vector
 CHUNK = 120  # rows of an item of `product`, a multiple of its tiles'
 COLUMNS = 4 * WIDTH  # of an item of `over_rows`
 _LATER = 8  # rows until a row is needed that is brought in now
+_TOGETHER = 32  # rows of `over_rows` whose sum is made at once
 
 _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _VECTOR = ir.VectorType(_F32, WIDTH)
@@ -151,14 +153,37 @@ def product(item, z):
 
 @compiled
 def over_rows(item, z):
-    """COLUMNS of Y^T X, sums over many rows. Buffers: Y [N, r], X [N, D], D a multiple of WIDTH. Result: [r, D]."""
+    """COLUMNS of Y^T X, sums over many rows. Buffers: Y [N, r], X [N, D], D a multiple of WIDTH. Result: [r, D].
+
+    Some rows at a time, whose sums are then added: one sum after another would round more the more rows there are.
+    """
     n, r, d = z[1], z[2], z[10]
-    first, last = item * COLUMNS, min((item + 1) * COLUMNS, d)
-    for i in range(r):
-        clear(z[16] + 4 * (i * d + first), last - first)
-    while last - first >= _BROAD * WIDTH:
-        _sum_broad(r, n, z[0], 1, r, z[8] + 4 * first, d, z[16] + 4 * first, d)
-        first += _BROAD * WIDTH
-    while first < last:
-        _sum_narrow(r, n, z[0], 1, r, z[8] + 4 * first, d, z[16] + 4 * first, d)
-        first += WIDTH
+    first, count = item * COLUMNS, min(COLUMNS, d - item * COLUMNS)
+    sums, out = np.empty((r, COLUMNS), np.float32), floats(z[16] + 4 * first, r, d)
+    _clear_rows(out, count)
+    for row in range(0, n, _TOGETHER):
+        _clear_rows(sums, count)
+        y, x, to, k = (
+            z[0] + 4 * row * r,
+            z[8] + 4 * (row * d + first),
+            np.int64(sums.ctypes.data),
+            min(_TOGETHER, n - row),
+        )
+        j = 0
+        while count - j >= _BROAD * WIDTH:
+            _sum_broad(r, k, y, 1, r, x + 4 * j, d, to + 4 * j, COLUMNS)
+            j += _BROAD * WIDTH
+        while j < count:
+            _sum_narrow(r, k, y, 1, r, x + 4 * j, d, to + 4 * j, COLUMNS)
+            j += WIDTH
+        for i in range(r):
+            for c in range(count):
+                out[i, c] += sums[i, c]
+
+
+@compiled
+def _clear_rows(x, count):
+    """Zeros in the first columns of every row."""
+    for i in range(x.shape[0]):
+        for c in range(count):
+            x[i, c] = 0
