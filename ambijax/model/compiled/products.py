@@ -159,16 +159,11 @@ def over_rows(item, z):
     """
     n, r, d = z[1], z[2], z[10]
     first, count = item * COLUMNS, min(COLUMNS, d - item * COLUMNS)
-    sums, out = np.empty((r, COLUMNS), np.float32), floats(z[16] + 4 * first, r, d)
-    _clear_rows(out, count)
+    totals, sums = np.zeros((r, COLUMNS), np.float32), np.empty((r, COLUMNS), np.float32)
+    to = np.int64(sums.ctypes.data)
     for row in range(0, n, _TOGETHER):
-        _clear_rows(sums, count)
-        y, x, to, k = (
-            z[0] + 4 * row * r,
-            z[8] + 4 * (row * d + first),
-            np.int64(sums.ctypes.data),
-            min(_TOGETHER, n - row),
-        )
+        clear(to, r * COLUMNS)
+        y, x, k = z[0] + 4 * row * r, z[8] + 4 * (row * d + first), min(_TOGETHER, n - row)
         j = 0
         while count - j >= _BROAD * WIDTH:
             _sum_broad(r, k, y, 1, r, x + 4 * j, d, to + 4 * j, COLUMNS)
@@ -176,14 +171,8 @@ def over_rows(item, z):
         while j < count:
             _sum_narrow(r, k, y, 1, r, x + 4 * j, d, to + 4 * j, COLUMNS)
             j += WIDTH
-        for i in range(r):
-            for c in range(count):
-                out[i, c] += sums[i, c]
-
-
-@compiled
-def _clear_rows(x, count):
-    """Zeros in the first columns of every row."""
-    for i in range(x.shape[0]):
+        totals += sums
+    out = floats(z[16] + 4 * first, r, d)
+    for i in range(r):
         for c in range(count):
-            x[i, c] = 0
+            out[i, c] = totals[i, c]
