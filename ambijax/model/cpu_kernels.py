@@ -99,9 +99,14 @@ def product(weight: jax.Array, x: jax.Array) -> jax.Array:
 
     rows, columns = weight.reshape(-1, weight.shape[-1]), x.reshape(len(x), -1)
     count = columns.shape[1]
-    whole = jnp.pad(columns, [(0, 0), (0, -count % _WIDTH)])
-    result = jax.ShapeDtypeStruct((len(rows), whole.shape[1]), x.dtype)
-    [y] = kernels.call(kernels.PRODUCT, -(-len(rows) // kernels.CHUNK), [result], [rows, whole])
+    if count <= kernels.FEW and len(rows) % 2 == 0 and len(x) % _WIDTH == 0:
+        kind, width = kernels.DOTS, kernels.FEW
+        whole = jnp.pad(columns.T, [(0, width - count), (0, 0)])
+    else:
+        kind, width = kernels.PRODUCT, count + -count % _WIDTH
+        whole = jnp.pad(columns, [(0, 0), (0, width - count)])
+    result = jax.ShapeDtypeStruct((len(rows), width), x.dtype)
+    [y] = kernels.call(kind, -(-len(rows) // kernels.CHUNK), [result], [rows, whole])
     return y[:, :count].reshape(*weight.shape[:-1], *x.shape[1:])
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from ambijax.model.compiled import attention, calls, products
 
-FORWARD, BACKWARD, DECODE, PRODUCT, OVER_ROWS = range(5)
-CHUNK, COLUMNS = products.CHUNK, products.COLUMNS
+FORWARD, BACKWARD, DECODE, PRODUCT, DOTS, OVER_ROWS = range(6)
+CHUNK, COLUMNS, FEW = products.CHUNK, products.COLUMNS, products.FEW
 call = calls.call
 
 
@@ -24,6 +24,8 @@ def _work(key: int) -> Callable:
                 attention.decode(item, buffers)
             elif kind == PRODUCT:
                 products.product(item, buffers)
+            elif kind == DOTS:
+                products.dots(item, buffers)
             else:
                 products.over_rows(item, buffers)
             item = calls.take(record)

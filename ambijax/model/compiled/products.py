@@ -19,6 +19,7 @@ _LONG = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
 WIDTH = 16 if _LONG else 8  # numbers in a vector
 CHUNK = 120  # rows of an item of `product`, a multiple of its tiles'
 COLUMNS = 4 * WIDTH  # of an item of `over_rows`
+FEW = 8  # columns of `dots`
 _LATER = 8  # rows until a row is needed that is brought in now
 _TOGETHER = 32  # rows of `over_rows` whose sum is made at once
 
@@ -76,6 +77,69 @@ def _write_tile(builder, rows, vectors, ahead, a, a_row, a_column, b, b_row, c, 
     builder.position_at_end(after)
     for target, x in zip(targets, new, strict=True):
         builder.store(x, target, align=4)
+
+
+@intrinsic
+def _dots(typing, a, a_row, b, c, k):
+    """C = A B^T for C [WIDTH / FEW, FEW], as many numbers as a vector has, and k a multiple of WIDTH.
+
+    Vectors go along k, so that nothing is lost on columns which do not fill one. Brings in the rows that follow A's.
+    """
+
+    def generate(context, builder, signature, args):
+        _write_dots(builder, *args)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), generate
+
+
+def _write_dots(builder, a, a_row, b, c, k):
+    add, times, number = builder.add, builder.mul, functools.partial(ir.Constant, _I64)
+    rows = [times(number(i), a_row) for i in range(WIDTH // FEW)]
+    following = times(number(len(rows)), a_row)
+
+    def at(base: ir.Value, index: ir.Value, kind: ir.Type = _VECTOR) -> ir.Value:
+        return builder.inttoptr(add(base, times(index, number(4))), kind.as_pointer())
+
+    before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+    builder.branch(loop)
+
+    builder.position_at_end(loop)
+    step, sums = builder.phi(_I64), [builder.phi(_VECTOR) for _ in range(WIDTH)]
+    for row in rows:
+        _fetch(builder, at(a, add(add(row, following), step), ir.IntType(8)))
+    left = [builder.load(at(a, add(row, step)), align=4) for row in rows]
+    right = [builder.load(at(b, add(times(number(j), k), step)), align=4) for j in range(FEW)]
+    new = [_multiply_add(builder, left[i // FEW], right[i % FEW], x) for i, x in enumerate(sums)]
+    later = add(step, number(WIDTH))
+    for phi, first, last in zip([step, *sums], [number(0)] + [_zeros()] * WIDTH, [later, *new], strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(last, loop)
+    builder.cbranch(builder.icmp_signed("<", later, k), loop, after)
+
+    builder.position_at_end(after)
+    builder.store(_sums(builder, new), at(c, number(0)), align=4)
+
+
+def _zeros():
+    return ir.Constant(_VECTOR, [0.0] * WIDTH)
+
+
+def _sums(builder, vectors):
+    """A vector of the sums of each of WIDTH vectors: two at a time become one, which has half of either's numbers."""
+    apart = 1  # what both have summed already is that far from each other
+    while len(vectors) > 1:
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors, apart = [_halves(builder, x, y, apart) for x, y in pairs], 2 * apart
+    return vectors[0]
+
+
+def _halves(builder, x, y, apart):
+    def mixed(flip: int) -> ir.Value:
+        lanes = [(lane ^ flip) + (WIDTH if lane & apart else 0) for lane in range(WIDTH)]
+        return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, WIDTH), lanes))
+
+    return builder.fadd(mixed(0), mixed(apart))
 
 
 def _multiply_add(builder, x, y, z):
@@ -149,6 +213,15 @@ def product(item, z):
         j += 2 * WIDTH
     if j < columns:
         _one_ahead(m, k, w, stride, 1, x + 4 * j, columns, y + 4 * j, columns)
+
+
+@compiled
+def dots(item, z):
+    """CHUNK rows of W X^T. Buffers: W [N, D], N even, and X [FEW, D], D a multiple of WIDTH. Result: [N, FEW]."""
+    n, k = z[1], z[2]
+    first = item * CHUNK
+    for i in range(first, min(n, first + CHUNK), WIDTH // FEW):
+        _dots(z[0] + 4 * i * k, k, z[8], z[16] + 4 * i * FEW, k)
 
 
 @compiled
