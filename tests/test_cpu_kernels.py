@@ -1,9 +1,11 @@
 """The kernels of a CPU compute what the plain formulas say, and the model uses them: float32, one device."""
 
+import ast
 import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import pytest
 
 from ambijax import policy, sharding
 from ambijax.model import compiled, cpu_kernels
+from ambijax.model.compiled import calls
 from ambijax.model.layers import Segment, attention, rope, rotation
 from tests import small
 from tests.test_speedups import _loss_and_gradient, _plain_attention
@@ -127,21 +130,21 @@ def test_a_roll_out_and_an_update_are_those_without_the_kernels(model, monkeypat
         )
         return rolled, _loss_and_gradient(model, variables, small.prompts(2), small.completions(2, 3, 6))
 
-    calls = _calls(monkeypatch)
+    asked = _asked(monkeypatch)
     ours = run(model)
-    assert {"attend", "decode", "product", "over_rows"} == calls
+    assert {"attend", "decode", "product", "over_rows"} == asked
     monkeypatch.setattr(cpu_kernels, "serves", lambda *_: False)
     without = run(model.clone(remat="everything_saveable"))  # another model, or jit takes what it has traced
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), without, ours)
 
 
-def _calls(monkeypatch):
+def _asked(monkeypatch):
     """Names of the kernels that are asked for from now on."""
-    calls = set()
+    asked = set()
     for name in ("attend", "decode", "product", "over_rows"):
         kernel = getattr(cpu_kernels, name)
-        monkeypatch.setattr(cpu_kernels, name, lambda *a, name=name, kernel=kernel: calls.add(name) or kernel(*a))
-    return calls
+        monkeypatch.setattr(cpu_kernels, name, lambda *a, name=name, kernel=kernel: asked.add(name) or kernel(*a))
+    return asked
 
 
 def test_whom_they_serve(monkeypatch):
@@ -169,6 +172,38 @@ def test_a_program_names_the_source_of_the_kernels_it_calls():
     # Programs are kept on disk: one of an earlier version would call a kernel that reads other operands.
     text = jax.jit(cpu_kernels.product).lower(jnp.ones((3, 4)), jnp.ones((4, 2))).as_text()
     assert compiled.SOURCES[:16] in text
+
+
+def test_memory_stays_while_somebody_has_its_address():
+    # numba frees an array after the last line that names it, and whoever still writes there writes to another's.
+    def another(address):
+        z = np.ones(1000, np.float32)
+        return calls.address_of(z) == address and z[0] == 1
+
+    another = calls.compiled(another)
+
+    def kept(late):
+        x = np.zeros(1000, np.float32)
+        taken = another(calls.address_of(x))
+        if late:
+            calls.alive(x)
+        return taken
+
+    assert not calls.compiled(kept)(True)
+    for path in Path(compiled.__file__).parent.glob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef):
+                given = {argument.arg for argument in function.args.args}
+                late = _named(function, "alive")
+                for name, line in _named(function, "address_of").items():
+                    assert name in given or late.get(name, 0) > line, f"{path.name}: {function.name} frees {name}"
+
+
+def _named(function, call):
+    """Names in calls of a function, and the last line of each."""
+    nodes = [n for n in ast.walk(function) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    found = [(a.id, n.lineno) for n in nodes if n.func.id == call for a in n.args if isinstance(a, ast.Name)]
+    return {name: max(line for other, line in found if other == name) for name, _ in found}
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from ambijax.model.compiled.calls import clear, compiled, floats, pointer
+from ambijax.model.compiled.calls import address_of, alive, clear, compiled, floats, pointer
 from ambijax.model.compiled.products import WIDTH, add_product
 
 _BLOCK = 32  # queries whose scores are held at once
@@ -48,11 +48,6 @@ def _exp(x):
     y = y * z + np.float32(1)
     y *= _as_float((np.int32(power) + np.int32(127)) << np.int32(23))
     return y if x > np.float32(-126) else np.float32(0)
-
-
-@compiled
-def _begin(x):
-    return np.int64(x.ctypes.data)
 
 
 @compiled
@@ -122,8 +117,8 @@ def _times(rows, x, x_row, columns, seen, y):
     for s in range(seen.shape[0]):
         at, count = seen[s, 0], -(-(seen[s, 1] - seen[s, 0]) // WIDTH) * WIDTH
         for i in range(rows):
-            clear(_begin(y) + 4 * (i * width + at), count)
-        add_product(rows, count, d, x, x_row, 1, _begin(columns) + 4 * at, width, _begin(y) + 4 * at, width)
+            clear(address_of(y) + 4 * (i * width + at), count)
+        add_product(rows, count, d, x, x_row, 1, address_of(columns) + 4 * at, width, address_of(y) + 4 * at, width)
 
 
 @compiled
@@ -184,15 +179,16 @@ def forward(item, z, segments):
                 for i in range(rows):
                     top, totals[i] = _softmax(scores[i], seen)
                     logs[0, i] = top + np.log(totals[i])
-                clear(_begin(sums), rows * d)
+                clear(address_of(sums), rows * d)
                 for s in range(segments):
                     low, count = seen[s, 0], seen[s, 1] - seen[s, 0]
                     values = _keys(z, 2 + 3 * s, b, kv, g) + 4 * (low - starts[s]) * d
-                    add_product(rows, d, count, _begin(scores) + 4 * low, width, 1, values, d, _begin(sums), d)
+                    add_product(rows, d, count, address_of(scores) + 4 * low, width, 1, values, d, address_of(sums), d)
                 out = floats(z[8 * n] + at, rows, heads * d)
                 for i in range(rows):
                     for c in range(d):
                         out[i, c] = sums[i, c] / totals[i]
+    alive(keys, scores, sums)
 
 
 @compiled
@@ -230,12 +226,14 @@ def backward(item, z, segments):
                     _by_scores(outs[i, :d], by_outs[i, :d], logs[i], scale, seen, weights[i], by_scores[i])
                 for s in range(segments):
                     low, count = seen[s, 0], seen[s, 1] - seen[s, 0]
-                    skip, p, y = 4 * (low - starts[s]) * d, _begin(weights) + 4 * low, _begin(by_scores) + 4 * low
+                    p, y = address_of(weights) + 4 * low, address_of(by_scores) + 4 * low
+                    skip = 4 * (low - starts[s]) * d
                     k, by_k = _keys(z, 1 + 3 * s, b, kv, g) + skip, _keys(z, n + 4 + 2 * s, b, kv, g) + skip
                     by_v = _keys(z, n + 5 + 2 * s, b, kv, g) + skip
                     add_product(rows, d, count, y, width, 1, k, d, by_q, row)
                     add_product(count, d, rows, y, 1, width, q, row, by_k, d)
                     add_product(count, d, rows, p, 1, width, by_out, row, by_v, d)
+    alive(keys, values, weights, by_scores)
 
 
 @compiled
@@ -275,18 +273,19 @@ def decode(item, z):
         _rotate(new, group * d, b * sequences + g, cos, sin, np.float32(1), own_k[slot])
         for c in range(d):
             own_v[slot, c] = new[(group + 1) * d + c, b * sequences + g]
-    add_product(rows, size // WIDTH * WIDTH, d, _begin(q), d, 1, k_at, size, _begin(weights), size)
+    add_product(rows, size // WIDTH * WIDTH, d, address_of(q), d, 1, k_at, size, address_of(weights), size)
     for i in range(rows):
         place, row = 4 * (item * sequences + i % sequences) * slots * d, weights[i]
         top = _prompt_scores(q[i], floats(k_at, d, size), exists, row)
         top = max(top, _own_scores(q[i], floats(z[80] + place, slots, d), own))
         totals[i] = _exp_all(row, top) + _exp_all(own, top)
-        add_product(1, d, slot + 1, _begin(own), slot + 1, 1, z[88] + place, d, _begin(sums) + 4 * i * d, d)
-    add_product(rows, d, size, _begin(weights), size, 1, v_at, d, _begin(sums), d)
+        add_product(1, d, slot + 1, address_of(own), slot + 1, 1, z[88] + place, d, address_of(sums) + 4 * i * d, d)
+    add_product(rows, d, size, address_of(weights), size, 1, v_at, d, address_of(sums), d)
     out = floats(z[72] + 4 * kv * group * d * batch * sequences, group * d, batch * sequences)
     for i in range(rows):
         for c in range(d):
             out[i // sequences * d + c, b * sequences + i % sequences] = sums[i, c] / totals[i]
+    alive(q, sums, weights, own)
 
 
 @compiled

@@ -95,6 +95,18 @@ def clear(address, count):
 
 
 @compiled
+def address_of(x):
+    """Of an array's first number; whoever takes it says until when the array is needed (`alive`)."""
+    return np.int64(x.ctypes.data)
+
+
+@compiled
+def alive(*arrays):
+    """Until here arrays keep their memory, which numba frees after the last line that names them."""
+    return len(arrays)
+
+
+@compiled
 def begin(record):
     """What a thread that takes part must know: the kind of work, the buffers, the number of segments."""
     z = _words(record, _FIRST)
@@ -114,7 +126,8 @@ def leave(record):
     if _fetch_add(record + 8 * _RUNNING, -1) == 1:
         z, asked = _words(record, _FIRST), np.zeros(3, np.int64)
         asked[0], asked[2] = 24, z[_FUTURE]
-        _call(z[_DONE], asked.ctypes.data)  # XLA_FFI_Future_SetAvailable
+        _call(z[_DONE], address_of(asked))  # XLA_FFI_Future_SetAvailable
+        alive(asked)
 
 
 @compiled
@@ -145,15 +158,16 @@ def _handle(key: int) -> Callable:
         _fill_in(f, record)
         z, api = _words(record, _FIRST), _words(f[2], 22)
         asked, threads = np.zeros(5, np.int64), np.ones(1, np.int64)
-        asked[0], asked[2], asked[3] = 32, f[3], threads.ctypes.data
-        _call(api[18], asked.ctypes.data)  # XLA_FFI_ThreadPool_NumThreads
+        asked[0], asked[2], asked[3] = 32, f[3], address_of(threads)
+        _call(api[18], address_of(asked))  # XLA_FFI_ThreadPool_NumThreads
         asked[0], asked[2] = 24, 0
-        _call(api[19], asked.ctypes.data)  # XLA_FFI_Future_Create
+        _call(api[19], address_of(asked))  # XLA_FFI_Future_Create
         f[21] = asked[2]
         z[_NEXT], z[_RUNNING], z[_DONE], z[_FUTURE] = 0, threads[0], api[20], asked[2]
         asked[0], asked[2], asked[3], asked[4] = 40, f[3], _address_of_work(), record
         for _ in range(threads[0] - 1):
-            _call(api[17], asked.ctypes.data)  # XLA_FFI_ThreadPool_Schedule
+            _call(api[17], address_of(asked))  # XLA_FFI_ThreadPool_Schedule
+        alive(asked, threads)
         _call(_address_of_work(), record)
         return 0
 

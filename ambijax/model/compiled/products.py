@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ambijax.model.compiled.calls import clear, compiled, floats
+from ambijax.model.compiled.calls import address_of, alive, clear, compiled, floats
 
 _LONG = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
 WIDTH = 16 if _LONG else 8  # numbers in a vector
@@ -233,7 +233,7 @@ def over_rows(item, z):
     n, r, d = z[1], z[2], z[10]
     first, count = item * COLUMNS, min(COLUMNS, d - item * COLUMNS)
     totals, sums = np.zeros((r, COLUMNS), np.float32), np.empty((r, COLUMNS), np.float32)
-    to = np.int64(sums.ctypes.data)
+    to = address_of(sums)
     for row in range(0, n, _TOGETHER):
         clear(to, r * COLUMNS)
         y, x, k = z[0] + 4 * row * r, z[8] + 4 * (row * d + first), min(_TOGETHER, n - row)
@@ -249,3 +249,4 @@ def over_rows(item, z):
     for i in range(r):
         for c in range(count):
             out[i, c] = totals[i, c]
+    alive(sums)
