@@ -23,7 +23,7 @@ LAYERS = [
     ["corpora.talker", "corpora.release"],
     ["corpora.cremad", "corpora.iemocap", "corpora.own", "corpora.synthetic"],
     ["rules", "model.config"],
-    ["model.compiled.calls"],
+    ["model.compiled.calls", "model.compiled.tiles"],
     ["model.compiled.products"],
     ["model.compiled.attention"],
     ["model.kernels", "model.compiled.kernels"],

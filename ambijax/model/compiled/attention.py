@@ -17,7 +17,8 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from ambijax.model.compiled.calls import address_of, alive, clear, compiled, floats, pointer
-from ambijax.model.compiled.products import WIDTH, add_product
+from ambijax.model.compiled.products import add_product
+from ambijax.model.compiled.tiles import WIDTH
 
 _BLOCK = 32  # queries whose scores are held at once
 _MASKED = np.float32(-1e30)

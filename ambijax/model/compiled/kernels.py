@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from ambijax.model.compiled import attention, calls, products
+from ambijax.model.compiled import attention, calls, products, tiles
 
 FORWARD, BACKWARD, DECODE, PRODUCT, DOTS, OVER_ROWS = range(6)
-CHUNK, COLUMNS, FEW = products.CHUNK, products.COLUMNS, products.FEW
+CHUNK, COLUMNS, FEW = products.CHUNK, products.COLUMNS, tiles.FEW
 call = calls.call
 
 
