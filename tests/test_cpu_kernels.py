@@ -19,7 +19,7 @@ from ambijax.model.layers import Segment, attention, rope, rotation
 from tests import small
 from tests.test_speedups import _loss_and_gradient, _plain_attention
 
-# Sequences, their length, prompt tokens, key-value heads, queries to each, width: blocks of 32 queries, vectors of 8 or
+# Sequences, their length, prompt tokens, key-value heads, queries to each, width: blocks of 36 queries, vectors of 8 or
 # 16 keys and tiles of 6 rows each with and without a rest.
 SHAPES = [(1, 1, 5, 1, 1, 16), (3, 37, 70, 2, 2, 32), (2, 64, 96, 1, 3, 16), (1, 33, 16, 2, 1, 128)]
 

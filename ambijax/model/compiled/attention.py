@@ -20,7 +20,7 @@ from ambijax.model.compiled.calls import address_of, alive, clear, compiled, flo
 from ambijax.model.compiled.products import add_product
 from ambijax.model.compiled.tiles import WIDTH
 
-_BLOCK = 32  # queries whose scores are held at once
+_BLOCK = 36  # queries whose scores are held at once
 _MASKED = np.float32(-1e30)
 _LOG2E, _LN2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
 
@@ -96,19 +96,26 @@ def _turn(z, which, segments, starts, b, kv, g, columns):
 
 
 @compiled
+def _width(starts):
+    """From a row of scores to the next: an odd number of vectors, or rows would meet in a few lines of a cache."""
+    return starts[-1] | WIDTH
+
+
+@compiled
 def _look(z, segments, starts, b, g, t, rows, seen):
     """Fills `seen` [segments, 2] in: the first key that any query of a block sees, or a few before it, and the last."""
     for s in range(segments):
         mask = _mask(z, 3 + 3 * s, b, g, t, rows)
-        first, last = mask.shape[1], 0
+        visible = np.zeros(mask.shape[1], np.uint8)
         for i in range(mask.shape[0]):
-            start, end = 0, mask.shape[1]
-            while start < first and mask[i, start] == 0:
-                start += 1
-            while end > last and mask[i, end - 1] == 0:
-                end -= 1
-            first, last = min(first, start), max(last, end)
-        seen[s, 0], seen[s, 1] = starts[s] + min(first // WIDTH * WIDTH, last), starts[s] + last
+            for j in range(visible.shape[0]):
+                visible[j] |= mask[i, j]
+        first, last = 0, visible.shape[0]
+        while first < last and not visible[first]:
+            first += 1
+        while last > first and not visible[last - 1]:
+            last -= 1
+        seen[s, 0], seen[s, 1] = starts[s] + first // WIDTH * WIDTH, starts[s] + last
 
 
 @compiled
@@ -164,7 +171,7 @@ def forward(item, z, segments):
     sequences, steps, heads, d, kv_heads = z[2], z[3], z[4], z[5], z[10]
     b, kv, group, n = item // kv_heads, item % kv_heads, heads // kv_heads, 1 + 3 * segments
     scale, starts, seen = np.float32(1 / math.sqrt(d)), _starts(z, segments), np.empty((segments, 2), np.int64)
-    width = starts[segments]
+    width = _width(starts)
     keys, scores = np.empty((d, width), np.float32), np.empty((_BLOCK, width), np.float32)
     sums, totals = np.empty((_BLOCK, d), np.float32), np.empty(_BLOCK, np.float32)
     for g in range(sequences):
@@ -201,7 +208,7 @@ def backward(item, z, segments):
     sequences, steps, heads, d, kv_heads = z[2], z[3], z[4], z[5], z[10]
     b, kv, group, n = item // kv_heads, item % kv_heads, heads // kv_heads, 1 + 3 * segments
     scale, starts, seen = np.float32(1 / math.sqrt(d)), _starts(z, segments), np.empty((segments, 2), np.int64)
-    width, row = starts[segments], heads * d
+    width, row = _width(starts), heads * d
     keys, values = np.empty((d, width), np.float32), np.empty((d, width), np.float32)
     weights, by_scores = np.empty((_BLOCK, width), np.float32), np.empty((_BLOCK, width), np.float32)
     for g in range(sequences):
