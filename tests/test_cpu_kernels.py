@@ -182,14 +182,13 @@ def test_memory_stays_while_somebody_has_its_address():
 
     another = calls.compiled(another)
 
-    def kept(late):
+    def kept():
         x = np.zeros(1000, np.float32)
         taken = another(calls.address_of(x))
-        if late:
-            calls.alive(x)
+        calls.alive(x)
         return taken
 
-    assert not calls.compiled(kept)(True)
+    assert not calls.compiled(kept)()
     for path in Path(compiled.__file__).parent.glob("*.py"):
         for function in ast.walk(ast.parse(path.read_text())):
             if isinstance(function, ast.FunctionDef):

@@ -99,7 +99,7 @@ def product(weight: jax.Array, x: jax.Array) -> jax.Array:
 
     rows, columns = weight.reshape(-1, weight.shape[-1]), x.reshape(len(x), -1)
     count = columns.shape[1]
-    if count <= kernels.FEW and len(rows) % 2 == 0 and len(x) % _WIDTH == 0:
+    if count <= kernels.FEW and len(rows) % 2 == 0 and len(x) % _WIDTH == 0:  # a tile of it is two rows of W at most
         kind, width = kernels.DOTS, kernels.FEW
         whole = jnp.pad(columns.T, [(0, width - count), (0, 0)])
     else:
