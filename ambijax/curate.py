@@ -68,8 +68,7 @@ def parse(argv: list[str]) -> Options:
             config = values.config
             _ = config is None or config.teacher  # a file that failed to load fails here
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
-        said = " ".join(str(error).strip().splitlines()[-1].split()) if str(error).strip() else type(error).__name__
-        raise ConfigError(f"command line: {said}") from None
+        raise ConfigError(f"command line: {settings.one_line(error)}") from None
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}; {USAGE}")
     if missing := [name for name in ("config", "manifest", "out") if values[name].value is None]:

@@ -72,9 +72,9 @@ def _read(argv: list[str]) -> tuple[ConfigDict | FrozenConfigDict, Path]:
             config = values.config
             _ = config is None or config.algorithm  # a file that failed to load fails here
     except flags.Error as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(one_line(error)) from error
     except Exception as error:  # a config file is a program of the user's and may fail in any way
-        raise ConfigError(f"--config: {_one_line(error)}") from error
+        raise ConfigError(f"--config: {one_line(error)}") from error
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r:.{_SHOWN}}; {_USAGE}")
     workdir = Path(values.workdir)
@@ -106,7 +106,7 @@ def at_home(argv: list[str]) -> Iterator[None]:
         sys.path[:] = before
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """The gist of an error of config_flags, which may be a traceback in a string or the repr of another error."""
     text = str(error).strip() or type(error).__name__
     if "Traceback" in text:
@@ -114,6 +114,8 @@ def _one_line(error: Exception) -> str:
     text = " ".join(text.replace("\\n", " ").replace("\\'", "'").split())
     while len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
+    if error.args and isinstance(error.args[0], KeyError):  # config_flags' for a key: this alone, or with a similar one
+        text = f"no such setting: {text}"
     return text if len(text) <= _SHOWN else text[:_SHOWN] + " ..."
 
 
@@ -144,7 +146,7 @@ def load(workdir: str | Path) -> FrozenConfigDict:
     try:
         config = FrozenConfigDict(rules.completed(json.loads(path.read_text())))
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path} is damaged: {_one_line(error)}") from None
+        raise ConfigError(f"{path} is damaged: {one_line(error)}") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     try:
