@@ -38,7 +38,7 @@ from ambijax.errors import ConfigError
 from ambijax.hugging_face import DTYPES, EMBEDDING, HEAD, Parameter, Tensor, some
 from ambijax.model import layers, qwen2_audio
 
-FORMAT = 2  # of native.json; raised when an older program could not read what this one writes
+FORMAT = 3  # of native.json; raised when an older program could not read what this one writes
 
 SHARD = 5 * 10**9  # bytes of a Hugging Face checkpoint's files, at most; the host holds one while it is written
 _FILE = 64 * 2**20  # bytes of a native checkpoint's data files, at most

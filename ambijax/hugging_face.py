@@ -76,7 +76,7 @@ EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm
 
 TABLE = (
     *(Row(f"{ours}/{a}", f"{theirs}.{b}", axes) for ours, theirs, kind in _MODULES for a, b, axes in _KINDS[kind]),
-    Row("language_model/lm_head", HEAD, (1, 0)),
+    Row("language_model/lm_head", HEAD, (0, 1)),
 )
 
 # transformers 5 renames in memory; files that were written from such a state dict have these names.

@@ -3,7 +3,7 @@
 Axes: B prompts, G completions of one prompt (a group), T tokens, D model width, V vocabulary, K classes.
 A completion is scored once, [B, G, T], and every algorithm reads the same numbers:
 
-    logp, entropy = token_log_probs(hidden, kernel, targets, temperature=1.0, chunk=16)
+    logp, entropy = token_log_probs(hidden, head, targets, temperature=1.0, chunk=16)
     SFT    cross_entropy(logp, mask) + soft_label_kl(p, class_logits)
     DPO    dpo(logp_w, logp_l, ref_w, ref_l, beta), each the masked sum over T of one completion
     GRPO   aggregate(grpo(logp, logp_old, advantages, eps_low, eps_high) + beta_kl * k3(logp, logp_ref),
@@ -207,19 +207,19 @@ def masked_mean(x: jax.Array, mask: jax.Array, axis: int | tuple[int, ...]) -> j
 
 
 def token_log_probs(
-    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, *, temperature: float, chunk: int
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, temperature: float, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """log pi(target) and entropy of every position, without an array of [..., T, V].
 
     A slice of time steps at a time is multiplied with the head in hidden's dtype, accumulated and normalised in
     float32. Its size is B * G * chunk * V. The gradient by `hidden` is formed in the same pass, since
     d log pi_y / d h = W (e_y - pi) is known up to a scalar a token; so scoring with gradient costs two products with
-    the head, not three. The gradient by `kernel` recomputes the slices, and costs nothing where nobody asks for it
+    the head, not three. The gradient by `head` recomputes the slices, and costs nothing where nobody asks for it
     under jit: its loop is dead code.
 
     Args:
       hidden: final hidden states [..., T, D].
-      kernel: the language model's head [D, V].
+      head: the language model's [V, D], a row for each word. Turned around, it would be copied before it is read.
       targets: token ids [..., T].
       temperature: the logits are divided by it.
       chunk: most time steps in a slice.
@@ -227,10 +227,10 @@ def token_log_probs(
     Returns:
       log-probabilities [..., T] and entropies [..., T], float32, nats. The entropies carry no gradient.
     """
-    chex.assert_shape(hidden, (*targets.shape, kernel.shape[0]))
+    chex.assert_shape(hidden, (*targets.shape, head.shape[1]))
     time = targets.ndim - 1
     logp, entropy = _sliced_log_probs(
-        _slices(hidden, time, chunk), kernel.astype(hidden.dtype), _slices(targets, time, chunk), temperature
+        _slices(hidden, time, chunk), head.astype(hidden.dtype), _slices(targets, time, chunk), temperature
     )
     shape = (*targets.shape[:-1], -1)
     logp, entropy = (jnp.moveaxis(x, 0, time).reshape(shape) for x in (logp, entropy))
@@ -251,43 +251,43 @@ def _slices(x: jax.Array, axis: int, chunk: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _sliced_log_probs(
-    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, temperature: float
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float
 ) -> tuple[jax.Array, jax.Array]:
-    """hidden [S, ..., t, D], kernel [D, V], targets [S, ..., t] -> log-probabilities, entropies [S, ..., t]."""
-    return jax.lax.map(lambda x: _score(x[0], kernel, x[1], temperature)[:2], (hidden, targets))
+    """hidden [S, ..., t, D], head [V, D], targets [S, ..., t] -> log-probabilities, entropies [S, ..., t]."""
+    return jax.lax.map(lambda x: _score(x[0], head, x[1], temperature)[:2], (hidden, targets))
 
 
-def _sliced_forward(hidden, kernel, targets, temperature):
+def _sliced_forward(hidden, head, targets, temperature):
     def score(x):
-        logp, entropy, by_logits = _score(x[0], kernel, x[1], temperature)
-        by_hidden = _dot(by_logits.astype(hidden.dtype), kernel.T)
+        logp, entropy, by_logits = _score(x[0], head, x[1], temperature)
+        by_hidden = jnp.dot(by_logits.astype(hidden.dtype), head, preferred_element_type=jnp.float32)
         return logp, entropy, by_hidden.astype(hidden.dtype)
 
     logp, entropy, by_hidden = jax.lax.map(score, (hidden, targets))
-    return (logp, entropy), (hidden, kernel, targets, by_hidden)
+    return (logp, entropy), (hidden, head, targets, by_hidden)
 
 
 def _sliced_backward(temperature, saved, cotangents):
-    hidden, kernel, targets, by_hidden = saved
+    hidden, head, targets, by_hidden = saved
     g = cotangents[0][..., None]  # the entropy's is dropped: it is a diagnostic
 
     def accumulate(total, x):
-        by_logits = x[2] * _score(x[0], kernel, x[1], temperature)[2]
+        by_logits = x[2] * _score(x[0], head, x[1], temperature)[2]
         axes = tuple(range(x[0].ndim - 1))
         return total + jnp.tensordot(
-            x[0], by_logits.astype(hidden.dtype), (axes, axes), preferred_element_type=jnp.float32
+            by_logits.astype(hidden.dtype), x[0], (axes, axes), preferred_element_type=jnp.float32
         ), None
 
-    zero = jnp.zeros(kernel.shape, jnp.float32)
-    by_kernel, _ = jax.lax.scan(accumulate, zero, (hidden, targets, g))
-    return (g * by_hidden).astype(hidden.dtype), by_kernel.astype(kernel.dtype), None
+    zero = jnp.zeros(head.shape, jnp.float32)
+    by_head, _ = jax.lax.scan(accumulate, zero, (hidden, targets, g))
+    return (g * by_hidden).astype(hidden.dtype), by_head.astype(head.dtype), None
 
 
 _sliced_log_probs.defvjp(_sliced_forward, _sliced_backward)
 
 
 def _score(
-    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, temperature: float
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One slice: log pi_y [..., t], entropy [..., t], and d log pi_y / d logits = (e_y - pi) / temperature.
 
@@ -296,20 +296,16 @@ def _score(
     take XLA on a CPU forty times as long (docs/log.md).
     """
     shape, hidden, targets = targets.shape, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    logits = _dot(hidden, kernel) / temperature
+    logits = jnp.tensordot(hidden, head, (1, 1), preferred_element_type=jnp.float32) / temperature
     top = logits.max(axis=-1, keepdims=True)
     exp = jnp.exp(logits - top)
     total = exp.sum(axis=-1)
     log_total = top[..., 0] + jnp.log(total)
-    hit = jax.nn.one_hot(targets, kernel.shape[1], dtype=bool)
+    hit = jax.nn.one_hot(targets, len(head), dtype=bool)
     logp = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - log_total
     entropy = log_total - jnp.sum(exp * logits, axis=-1) / total
     by_logits = (hit - exp / total[..., None]) / temperature
     return logp.reshape(shape), entropy.reshape(shape), by_logits.reshape(*shape, -1)
-
-
-def _dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
 
 
 def _log_ratio(logp: jax.Array, logp_other: jax.Array) -> jax.Array:

@@ -146,7 +146,7 @@ class _Writer(NamedTuple):
     variables: dict
     layers: tuple[TransposedLayer, ...]
     prefix: Prefix
-    head: jax.Array  # [V, D], transposed as the layers are
+    head: jax.Array  # [V, D]
     tokens: Tokens
     ends_line: jax.Array  # bool [V]
     turn: tuple[jax.Array, jax.Array]  # rope's angles of every completion token, [B, 1, N, 1, D / 2] each
@@ -250,8 +250,7 @@ def _writer(
         variables=variables,
         layers=transposed_layers(variables, model.config.text, model.lora, model.dtype, joined),
         prefix=prefix._replace(past=prefix.past.unstacked(model.cache, by_channel=model.decoding == "xla")),
-        # Behind a barrier it stays turned around also where it is used outside the loop.
-        head=jax.lax.optimization_barrier(model.apply(variables, method="head").T),
+        head=model.apply(variables, method="head"),
         tokens=tokens,
         ends_line=ends_line,
         turn=model.apply(variables, positions, method="turn"),
@@ -282,17 +281,16 @@ def _append(w: _Writer, s: _Decoding, logits: jax.Array, token: jax.Array, logp:
 def _finish(w: _Writer, s: _Decoding) -> Rollout:
     """Reads out what the loop has not: an anchor in the very last slot, and completions without one."""
     b, g, n = s.tokens.shape
-    class_ids = jnp.array(w.tokens.classes)
+    head, class_ids = w.model.apply(w.variables, method="head"), jnp.array(w.tokens.classes)
     own_anchor = s.anchor >= 0
     last_slot = (own_anchor & (s.anchor == s.t - 1))[..., None]  # no step followed that could keep its logits
-    class_logits = jnp.where(last_slot, jnp.moveaxis(w.logits(s.hidden)[class_ids], 0, -1), s.readout)
+    class_logits = jnp.where(last_slot, readout.logits(s.hidden, head, class_ids), s.readout)
     ends = jnp.isin(s.tokens, jnp.array(w.tokens.ends)) & (jnp.arange(n) < s.t)
     ended = jnp.any(ends, axis=-1)
     length = jnp.where(ended, jnp.argmax(ends, axis=-1), s.t)  # without the end token
 
     def force(_: None) -> jax.Array:
         appended = jnp.broadcast_to(jnp.array(w.tokens.forced), (b, g, len(w.tokens.forced)))
-        head = w.model.apply(w.variables, method="head")
         forced = readout.logits(w.peek(appended, length, s.own)[:, :, -1], head, class_ids)
         return jnp.where(own_anchor[..., None], class_logits, forced)
 

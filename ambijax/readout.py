@@ -1,6 +1,6 @@
 """The read-out: hidden state after the answer anchor -> distribution over emotions.
 
-phat = softmax over the logits of the K class words (method of the paper, section 'final step'). Only K columns of the
+phat = softmax over the logits of the K class words (method of the paper, section 'final step'). Only K rows of the
 output matrix are touched; the softmax over them equals the full-vocabulary softmax renormalised to the class words.
 Where a tokenizer splits class words, a word's logit is its log-probability, summed over its tokens.
 """
@@ -15,9 +15,9 @@ from ambijax import losses
 
 
 def logits(hidden: jax.Array, head: jax.Array, class_ids: jax.Array) -> jax.Array:
-    """hidden [..., D] and head [D, V] to float32 class logits [..., K]."""
-    columns = jnp.take(head, class_ids, axis=1).astype(hidden.dtype)
-    return jnp.matmul(hidden, columns, preferred_element_type=jnp.float32)
+    """hidden [..., D] and head [V, D] to float32 class logits [..., K]."""
+    rows = jnp.take(head, class_ids, axis=0).astype(hidden.dtype)
+    return jnp.matmul(hidden, rows.T, preferred_element_type=jnp.float32)
 
 
 def word_log_probs(
@@ -27,7 +27,7 @@ def word_log_probs(
 
     Args:
       hidden: of the anchor's last token [B, G, D].
-      head: [D, V].
+      head: [V, D].
       words: K words as token ids.
       forward: (tokens, positions, mask), each [B, G, T], that continue the anchor -> (hidden [B, G, T, D], their past).
       written: tokens up to and with the anchor [B, G], prompt included.

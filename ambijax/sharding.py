@@ -28,7 +28,8 @@ RULES = {
     "vocab": "tensor",
 }
 
-# Module -> logical axes of its matrix [in, out]. Biases and scales follow the out axis, an adapter's A in and B out.
+# Module -> logical axes of its matrix [in, out]; the head is [out, in]. Biases and scales follow the out axis, an
+# adapter's A in and B out.
 MATRICES = {
     "q_proj": ("embed", "heads"),
     "k_proj": ("embed", "heads"),
@@ -41,7 +42,7 @@ MATRICES = {
     "fc1": ("embed", "mlp"),
     "fc2": ("mlp", "embed"),
     "embed_tokens": ("vocab", "embed"),
-    "lm_head": ("embed", "vocab"),
+    "lm_head": ("vocab", "embed"),
     "multi_modal_projector": (None, "embed"),
 }
 

@@ -34,7 +34,7 @@ def logits(setting: Setting, variables: dict, batch: object) -> jax.Array:
     positions = prefix.length[:, None, None] + jnp.arange(given.tokens.shape[-1])
     how = {"positions": jnp.broadcast_to(positions, given.tokens.shape), "mask": given.mask, "past": (prefix.past,)}
     hidden, _ = setting.model.apply(variables, given.tokens, **how, method="extend")
-    return (hidden @ setting.model.apply(variables, method="head"))[:, 0]
+    return (hidden @ setting.model.apply(variables, method="head").T)[:, 0]
 
 
 def weights(clips: int) -> dict[str, float]:

@@ -172,7 +172,7 @@ def logits(side: Side) -> Step:
         sound = model.apply(variables, prompt.mel, prompt.frames, method="encode")
         given = (prompt.tokens, prompt.mask, sound, tokens, np.ones(tokens.shape, bool), None)
         _, (hidden, _) = model.apply(variables, *given, method="prefill_and_extend")
-        return hidden[:, 0] @ model.apply(variables, method="head").astype(jnp.float32)
+        return hidden[:, 0] @ model.apply(variables, method="head").T.astype(jnp.float32)
 
     def step() -> None:
         step.output = sharding.fetch(compute(side.variables, sharding.place(prompt, side.mesh)))

@@ -107,7 +107,7 @@ def here(params: dict, name: str) -> np.ndarray:
     elif isinstance(node, dict):
         node = node[leaf]
     value = np.asarray(node if layer is None else node[layer])
-    turned = value.ndim > 1 and "embed" not in name
+    turned = value.ndim > 1 and not any(table in name for table in ("embed", "lm_head"))
     return value.T if turned else value
 
 

@@ -160,7 +160,7 @@ def resize(metadata: Path) -> None:
         (lambda d: resize(d / "params" / "language_model.norm.scale" / "zarr.json"), r"it has shape \(31,\)"),
         (lambda d: (d / "native.json").unlink(), "no weights in"),
         (lambda d: (d / "native.json").write_text("{"), r"native\.json is not JSON"),
-        (lambda d: (d / "native.json").write_text('{"format": 3}'), "has format 3, this ambijax reads 2"),
+        (lambda d: (d / "native.json").write_text('{"format": 2}'), "has format 2, this ambijax reads 3"),
         (
             lambda d: (d / "native.json").write_text(
                 (d / "native.json").read_text().replace("language_model/lm_head", "language_model/tail")

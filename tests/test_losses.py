@@ -341,7 +341,7 @@ def test_degenerate_groups_have_finite_gradients(how, mask, advantage):
         ),
         lambda: losses.reverse_soft_label_kl(jnp.ones((2, 3)), jnp.ones((3,)), 0.01),
         lambda: losses.token_log_probs(
-            jnp.ones((2, 3, 4)), jnp.ones((4, 5)), jnp.ones((2, 2), int), temperature=1.0, chunk=2
+            jnp.ones((2, 3, 4)), jnp.ones((5, 4)), jnp.ones((2, 2), int), temperature=1.0, chunk=2
         ),
     ],
 )
@@ -356,27 +356,27 @@ B, G, T, D, V = 2, 3, 7, 8, 50
 def scored(temperature, chunk, dtype=jnp.float32):
     """token_log_probs as a function of the arrays that may carry a gradient."""
     targets = np.random.default_rng(9).integers(0, V, (B, G, T))
-    return targets, lambda hidden, kernel: losses.token_log_probs(
-        hidden.astype(dtype), kernel.astype(dtype), jnp.array(targets), temperature=temperature, chunk=chunk
+    return targets, lambda hidden, head: losses.token_log_probs(
+        hidden.astype(dtype), head.astype(dtype), jnp.array(targets), temperature=temperature, chunk=chunk
     )
 
 
-def in_torch(hidden, kernel, targets, temperature, weights):
+def in_torch(hidden, head, targets, temperature, weights):
     """The plain way in float64: log-probabilities, entropies and the gradients of the weighted log-probabilities."""
-    hidden, kernel = (torch.tensor(np.asarray(x, np.float64), requires_grad=True) for x in (hidden, kernel))
-    log_pi = torch.log_softmax(hidden @ kernel / temperature, -1)
+    hidden, head = (torch.tensor(np.asarray(x, np.float64), requires_grad=True) for x in (hidden, head))
+    log_pi = torch.log_softmax(hidden @ head.T / temperature, -1)
     logp = log_pi.gather(-1, torch.tensor(targets)[..., None])[..., 0]
     (logp * torch.tensor(weights)).sum().backward()
-    return [x.detach().numpy() for x in (logp, -(log_pi.exp() * log_pi).sum(-1), hidden.grad, kernel.grad)]
+    return [x.detach().numpy() for x in (logp, -(log_pi.exp() * log_pi).sum(-1), hidden.grad, head.grad)]
 
 
 def compiled_gradient(argnums, shape, d, v, chunk):
     """The compiled gradient of summed log-probabilities by the hidden states (0), the head (1) or both."""
 
-    def loss(hidden, kernel):
-        return losses.token_log_probs(hidden, kernel, jnp.zeros(shape, int), temperature=1.0, chunk=chunk)[0].sum()
+    def loss(hidden, head):
+        return losses.token_log_probs(hidden, head, jnp.zeros(shape, int), temperature=1.0, chunk=chunk)[0].sum()
 
-    arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*shape, d), (d, v))]
+    arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((*shape, d), (v, d))]
     return jax.jit(jax.grad(loss, argnums)).lower(*arrays).compile()
 
 
@@ -384,31 +384,31 @@ class TokenLogProbsTest(chex.TestCase):
     @variants
     @parameterized.parameters((1, 0.7), (3, 1.0), (4, 0.7), (7, 1.0), (100, 0.7))  # of 7 time steps
     def test_value_and_gradients_are_the_plain_ones(self, chunk, temperature):
-        hidden, kernel, weights = normal(0, B, G, T, D), normal(1, D, V), normal(2, B, G, T)
+        hidden, head, weights = normal(0, B, G, T, D), normal(1, V, D), normal(2, B, G, T)
         targets, f = scored(temperature, chunk)
 
-        def loss(hidden, kernel):
-            logp, entropy = f(hidden, kernel)
+        def loss(hidden, head):
+            logp, entropy = f(hidden, head)
             return (logp * weights).sum() + entropy.sum(), (logp, entropy)  # the entropy must not add a gradient
 
-        (_, out), gradients = self.variant(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden, kernel)
-        expected = in_torch(hidden, kernel, targets, temperature, weights)
+        (_, out), gradients = self.variant(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden, head)
+        expected = in_torch(hidden, head, targets, temperature, weights)
         for got, want in zip((*out, *gradients), expected, strict=True):
             assert got.dtype == jnp.float32
             np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
-        np.testing.assert_allclose(self.variant(f)(hidden, kernel), out, atol=1e-6)  # without a gradient, too
+        np.testing.assert_allclose(self.variant(f)(hidden, head), out, atol=1e-6)  # without a gradient, too
 
     def test_any_axes_may_lead(self):
-        hidden, kernel = normal(0, B, G, T, D), normal(1, D, V)
+        hidden, head = normal(0, B, G, T, D), normal(1, V, D)
         targets, f = scored(1.0, 3)
         flat = losses.token_log_probs(
-            jnp.array(hidden[0, 0]), jnp.array(kernel), jnp.array(targets[0, 0]), temperature=1.0, chunk=3
+            jnp.array(hidden[0, 0]), jnp.array(head), jnp.array(targets[0, 0]), temperature=1.0, chunk=3
         )
-        np.testing.assert_allclose(flat, [x[0, 0] for x in jax.jit(f)(hidden, kernel)], atol=1e-6)
+        np.testing.assert_allclose(flat, [x[0, 0] for x in jax.jit(f)(hidden, head)], atol=1e-6)
 
     def test_entropy_of_a_uniform_policy_is_log_v(self):
         _, f = scored(1.0, 3)
-        logp, entropy = jax.jit(f)(jnp.zeros((B, G, T, D)), jnp.array(normal(1, D, V)))
+        logp, entropy = jax.jit(f)(jnp.zeros((B, G, T, D)), jnp.array(normal(1, V, D)))
         np.testing.assert_allclose(entropy, np.full((B, G, T), math.log(V)), atol=1e-5)
         np.testing.assert_allclose(logp, np.full((B, G, T), -math.log(V)), atol=1e-5)
 
@@ -417,14 +417,14 @@ class TokenLogProbsTest(chex.TestCase):
         def rounded(x):
             return jnp.array(x).astype(jnp.bfloat16).astype(jnp.float32)
 
-        hidden, kernel = rounded(normal(0, B, G, T, D)), rounded(normal(1, D, V))
+        hidden, head = rounded(normal(0, B, G, T, D)), rounded(normal(1, V, D))
         targets, f = scored(1.0, 3, jnp.bfloat16)
-        expected = in_torch(hidden, kernel, targets, 1.0, np.ones((B, G, T)))
-        logp, entropy = jax.jit(f)(hidden, kernel)
+        expected = in_torch(hidden, head, targets, 1.0, np.ones((B, G, T)))
+        logp, entropy = jax.jit(f)(hidden, head)
         assert logp.dtype == entropy.dtype == jnp.float32
         np.testing.assert_allclose(logp, expected[0], atol=1e-5)  # logits in bfloat16 would be off by 1e-2
         np.testing.assert_allclose(entropy, expected[1], atol=1e-5)
-        gradients = jax.jit(jax.grad(lambda *x: f(*x)[0].sum(), argnums=(0, 1)))(hidden, kernel)
+        gradients = jax.jit(jax.grad(lambda *x: f(*x)[0].sum(), argnums=(0, 1)))(hidden, head)
         for got, want in zip(gradients, expected[2:], strict=True):
             np.testing.assert_allclose(got, want, atol=2**-7 * np.abs(want).max())
 
@@ -458,15 +458,15 @@ class TokenLogProbsTest(chex.TestCase):
     def test_prompts_stay_on_their_devices(self):
         mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
         sharded = NamedSharding(mesh, PartitionSpec("data"))
-        hidden, kernel = normal(0, 8, G, T, D), normal(1, D, V)
+        hidden, head = normal(0, 8, G, T, D), normal(1, D, V).T
         targets = np.random.default_rng(2).integers(0, V, (8, G, T))
         step = jax.jit(
             jax.value_and_grad(
                 lambda h, w, y: losses.token_log_probs(h, w, y, temperature=1.0, chunk=3)[0].sum(axis=(1, 2)).mean()
             )
         )
-        args = (jax.device_put(hidden, sharded), jnp.array(kernel), jax.device_put(targets, sharded))
-        for got, want in zip(step(*args), step(hidden, kernel, targets), strict=True):
+        args = (jax.device_put(hidden, sharded), jnp.array(head), jax.device_put(targets, sharded))
+        for got, want in zip(step(*args), step(hidden, head, targets), strict=True):
             np.testing.assert_allclose(got, want, atol=1e-5)
         text = step.lower(*args).compile().as_text()
         assert "all-gather" not in text

@@ -176,7 +176,7 @@ def reference_logits(pair: Pair, batch: Batch) -> np.ndarray:
 
 
 def head(pair: Pair, hidden: jax.Array) -> np.ndarray:
-    return np.asarray(hidden @ pair.apply(method="head"))
+    return np.asarray(hidden @ pair.apply(method="head").T)
 
 
 FRAMES = (37, 102, 61)

@@ -57,7 +57,7 @@ def _plain_logits(model, variables, prompt, row, completion):
 @functools.partial(jax.jit, static_argnames="model")
 def _plain(model, variables, block):
     [(hidden, _)] = model.apply(variables, [block], method=lambda m, blocks: m.language_model(blocks))
-    return hidden[0, 0] @ model.apply(variables, method="head")
+    return hidden[0, 0] @ model.apply(variables, method="head").T
 
 
 def test_score_equals_a_plain_forward_pass(model, variables):

@@ -106,17 +106,17 @@ def test_a_words_log_probability_gathers_no_logits(shape):
     # It is taken by its index, also where the vocabulary is in parts.
     mesh = _mesh(shape)
     rng = np.random.default_rng(0)
-    hidden, kernel = (rng.normal(size=size).astype(np.float32) for size in ((8, 3, 4, 32), (32, 1024)))
+    hidden, head = (rng.normal(size=size).astype(np.float32) for size in ((8, 3, 4, 32), (1024, 32)))
     targets = rng.integers(0, 1024, (8, 3, 4)).astype(np.int32)
     score = jax.jit(functools.partial(losses.token_log_probs, temperature=1.0, chunk=4))
     with jax.set_mesh(mesh):
-        split = NamedSharding(mesh, PartitionSpec(None, "tensor"))
-        placed = (*sharding.place((hidden,), mesh), jax.device_put(kernel, split), sharding.place(targets, mesh))
+        split = NamedSharding(mesh, PartitionSpec("tensor"))
+        placed = (*sharding.place((hidden,), mesh), jax.device_put(head, split), sharding.place(targets, mesh))
         compiled = score.lower(*placed).compile()
         logp, _ = compiled(*placed)
     moved = [c.payload for c in cost.Compiled(compiled.as_text()).collectives()]
     assert sum(moved) < 4 * targets.size * 1024 / 50, "sums of rows, not the logits in them"
-    expected = scipy.special.log_softmax(hidden.astype(np.float64) @ kernel, axis=-1)
+    expected = scipy.special.log_softmax(hidden.astype(np.float64) @ head.T, axis=-1)
     np.testing.assert_allclose(logp, np.take_along_axis(expected, targets[..., None], -1)[..., 0], atol=1e-4)
 
 

@@ -211,7 +211,7 @@ class Decoder(nn.Module):
         )(c, self.lora, self.weights, self.attention)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
-            self.lm_head = self.param("lm_head", nn.initializers.normal(0.02), (c.hidden_size, c.vocab_size))
+            self.lm_head = self.param("lm_head", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size))
 
     def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """[...] token ids to [..., hidden] embeddings."""
@@ -368,8 +368,8 @@ class Decoder(nn.Module):
         return rotation(positions, self.config.head_dim, self.config.rope_theta)
 
     def head(self) -> jax.Array:
-        """The output matrix [hidden, vocabulary]."""
-        return self.embed_tokens.embedding.T if self.config.tie_word_embeddings else self.lm_head
+        """The output matrix [vocabulary, hidden]: a row for each word, as in checkpoints, and as decoding reads it."""
+        return self.embed_tokens.embedding if self.config.tie_word_embeddings else self.lm_head
 
 
 def decoding_kernel(decoding: str, own: Past, dtype: jnp.dtype) -> Callable | None:

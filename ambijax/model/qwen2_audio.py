@@ -113,13 +113,13 @@ class Qwen2Audio(nn.Module):
         return Block(self.language_model.embed(tokens, self.dtype), positions, mask)
 
     def head(self) -> jax.Array:
-        """The output matrix [hidden, vocabulary]."""
+        """The output matrix [vocabulary, hidden]."""
         return self.language_model.head()
 
     def __call__(self, mel: jax.Array, frames: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Plain forward pass to logits [B, P, vocabulary]: for initialisation and parity tests, not for training."""
         [(hidden, _)] = self.language_model([self._prompt(tokens, mask, self.encode(mel, frames))])
-        return jnp.matmul(hidden[:, 0], self.head().astype(self.dtype), preferred_element_type=jnp.float32)
+        return jnp.matmul(hidden[:, 0], self.head().T.astype(self.dtype), preferred_element_type=jnp.float32)
 
 
 def _last(mask: jax.Array) -> jax.Array:
