@@ -124,6 +124,18 @@ def test_decoding_reads_the_prompts_keys_by_channel(model, variables):
     assert all("rhs_contracting_dims={2}" in line for line in to_prompt)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads the program that XLA makes for a CPU")
+def test_a_roll_out_does_not_copy_the_head():
+    model = small.model(vocabulary=96)  # no other matrix has 96 rows or columns
+    program = policy.rollout.lower(
+        *(model, small.variables(model), small.prompts(2), jax.random.key(3), np.resize(small.ENDS_LINE, 96)),
+        **{"tokens": small.TOKENS, "samples": 3, "max_tokens": 4, "temperature": 1.0},
+    ).compile()
+    heads = [line for line in program.as_text().splitlines() if "= f32[96,32]" in line or "= f32[32,96]" in line]
+    assert any(" parameter(" in line for line in heads)
+    assert not [line for line in heads if " copy(" in line or " transpose(" in line or " fusion(" in line]
+
+
 @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 4, 5)])
 def test_gradients_of_an_adapters_products(shape):
     rng = np.random.default_rng(0)
