@@ -170,7 +170,7 @@ def grade(setting: Setting, how: Callable[..., float], texts: list[list[str]], r
     known = {"labels": setting.vocabulary.labels, "style": setting.style}
     return np.array(
         [
-            [how(text, ended=bool(end), **known) for text, end in zip(group, ended, strict=True)]
-            for group, ended in zip(texts, rolled.ended, strict=True)
+            [how(text, ended=bool(e), forced=bool(f), **known) for text, e, f in zip(*group, strict=True)]
+            for group in zip(texts, rolled.ended, rolled.forced, strict=True)
         ]
     )

@@ -81,6 +81,7 @@ class Style:
     system: str  # the system turn
     task: str  # ends the question, before the class words
     faults: Callable[[str, Sequence[str]], list[str]]  # (completion, labels) -> what keeps it from the format
+    anchored: bool = True  # whether it asks for the answer anchor
 
 
 def _faults_of_steps(completion: str, labels: Sequence[str]) -> list[str]:
@@ -127,11 +128,12 @@ STYLES = {
         "<REASONING>, and <SUMMARY>.",
         "Answer with one of",
         _faults_of_audio_reasoner,
+        anchored=False,
     ),
 }
 
 
-def faults(completion: str, labels: Sequence[str], *, style: str, ended: bool) -> list[str]:
+def faults(completion: str, labels: Sequence[str], *, style: str, ended: bool, forced: bool = False) -> list[str]:
     """What keeps a completion from the format of its style; empty when nothing does.
 
     Args:
@@ -139,19 +141,23 @@ def faults(completion: str, labels: Sequence[str], *, style: str, ended: bool) -
       labels: the class words.
       style: one of `STYLES`.
       ended: whether the model itself ended the completion with EOS.
+      forced: whether its tokens never came to the answer anchor; its text may have it all the same, in other tokens.
     """
-    return STYLES[style].faults(completion, labels) + ([] if ended else ["the completion was cut"])
+    found = STYLES[style].faults(completion, labels) + ([] if ended else ["the completion was cut"])
+    if forced and not found and STYLES[style].anchored:
+        return [f"'{ANCHOR}' stands there in other tokens than those that are read out"]
+    return found
 
 
-def format_reward(completion: str, labels: Sequence[str], *, style: str, ended: bool) -> float:
+def format_reward(completion: str, labels: Sequence[str], **how: object) -> float:
     """format(r) of equation 6: 1 when the completion follows the format to the letter, else 0. See `faults`."""
-    return float(not faults(completion, labels, style=style, ended=ended))
+    return float(not faults(completion, labels, **how))
 
 
-def format_credit(completion: str, labels: Sequence[str], *, style: str, ended: bool) -> float:
+def format_credit(completion: str, labels: Sequence[str], *, style: str, **how: object) -> float:
     """format(r) with partial credit: a fifth for each of the four headed parts and the answer, a fifth less for any
     other of the `faults`; 1 exactly where `format_reward` is, 0 for an empty completion. Styles of fewer parts: all or
     nothing.
     """
-    found = faults(completion, labels, style=style, ended=ended)
+    found = faults(completion, labels, style=style, **how)
     return max(0, 5 - len(found)) / 5 if style == "steps" else float(not found)

@@ -1,10 +1,13 @@
 """The reasoning format: what is well-formed comes back from its text, and each way to break it is named."""
 
+import types
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ambijax import reasoning
+from ambijax import agent, reasoning
 from ambijax.emotions import CREMAD
 from ambijax.reasoning import ANCHOR, HEADINGS, Reasoning
 
@@ -107,6 +110,23 @@ def test_format_reward_wants_an_end_and_a_label_of_this_corpus():
     assert reasoning.format_reward(good, CREMAD, style="steps", ended=False) == 0
     assert reasoning.format_reward(good, ("anger", "neutral"), style="steps", ended=True) == 0
     assert reasoning.format_reward(f"{ANCHOR} fear", CREMAD, style="steps", ended=True) == 0
+
+
+def test_an_anchor_in_other_tokens_earns_nothing():
+    """It is there to read, but a read-out that had to be forced earns no format reward."""
+    good = f"{TEXT}\n{ANCHOR} fear"
+    group = [good, good, TEXT, f"{ANCHOR} fear"]
+    rolled = types.SimpleNamespace(ended=np.ones((1, 4), bool), forced=np.array([[False, True, True, True]]))
+
+    def grades(style, how):
+        setting = types.SimpleNamespace(vocabulary=types.SimpleNamespace(labels=CREMAD), style=style)
+        return agent.grade(setting, how, [group], rolled).tolist()
+
+    assert grades("steps", reasoning.format_reward) == [[1, 0, 0, 0]]
+    assert grades("steps", reasoning.format_credit) == [[1, 0.8, 0.8, 0]]
+    assert grades("answer", reasoning.format_reward) == [[0, 0, 0, 0]]
+    tagged = reasoning.format_reward(TAGGED, CREMAD, style="audio_reasoner", ended=True, forced=True)
+    assert tagged == 1  # asks for no anchor, which is always appended
 
 
 def test_split_answer():
