@@ -18,10 +18,11 @@ from numba.extending import intrinsic
 
 from ambijax.model.compiled.calls import address_of, alive, clear, compiled, floats, pointer
 from ambijax.model.compiled.products import add_product
-from ambijax.model.compiled.tiles import WIDTH
+from ambijax.model.compiled.tiles import WIDTH, dots_tile
 
 _BLOCK = 36  # queries whose scores are held at once
 _MASKED = np.float32(-1e30)
+_key_scores = dots_tile(1)
 _LOG2E, _LN2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
 
 
@@ -322,11 +323,14 @@ def _prompt_scores(q, keys, exists, scores):
 @compiled
 def _own_scores(q, keys, scores):
     """Of a sequence's own keys, one after another as they lie in memory; returns the largest."""
-    top = _MASKED
-    for j in range(scores.shape[0]):
-        dot = np.float32(0)
-        for c in range(q.shape[0]):
-            dot += keys[j, c] * q[c]
-        scores[j] = dot
-        top = max(top, dot)
+    top, size, d = _MASKED, scores.shape[0], q.shape[0]
+    whole = size // WIDTH * WIDTH
+    for j in range(0, whole, WIDTH):
+        _key_scores(address_of(keys) + 4 * j * d, d, address_of(q), address_of(scores) + 4 * j, d)
+    for j in range(whole, size):
+        scores[j] = 0
+        for c in range(d):
+            scores[j] += keys[j, c] * q[c]
+    for j in range(size):
+        top = max(top, scores[j])
     return top

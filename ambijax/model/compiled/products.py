@@ -30,6 +30,7 @@ def _band(rows: int, vectors: int, ahead: str = ""):
 _broad, _narrow = _band(6, BROAD), _band(6, 1)
 _two_ahead, _one_ahead = _band(10 if LONG else 6, 2, ahead="a"), _band(12, 1, ahead="a")
 _sum_broad, _sum_narrow = _band(4, BROAD, ahead="b"), _band(4, 1, ahead="b")
+_dots = dots_tile(FEW)
 
 
 @compiled
@@ -68,7 +69,7 @@ def dots(item, z):
     n, k = z[1], z[2]
     first = item * CHUNK
     for i in range(first, min(n, first + CHUNK), WIDTH // FEW):
-        dots_tile(z[0] + 4 * i * k, k, z[8], z[16] + 4 * i * FEW, k)
+        _dots(z[0] + 4 * i * k, k, z[8], z[16] + 4 * i * FEW, k)
 
 
 @compiled

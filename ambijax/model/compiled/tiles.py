@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 LONG = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
 WIDTH = 16 if LONG else 8  # numbers in a vector
 BROAD = 4 if LONG else 2  # vectors of a broad tile, of six rows: most of the 32 or 16 registers there are
-FEW = 8  # columns of `dots_tile`
+FEW = 8  # columns of a product that are worth vectors along its inputs
 _LATER = 8  # rows until a row is needed that is brought in now
 
 _I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -57,29 +57,32 @@ def _write_tile(builder, rows, vectors, ahead, a, a_row, a_column, b, b_row, c, 
         builder.store(x, place, align=4)
 
 
-@intrinsic
-def dots_tile(typing, a, a_row, b, c, k):
-    """C = A B^T for C [WIDTH / FEW, FEW], as many numbers as a vector has, and k a multiple of WIDTH.
+def dots_tile(columns: int):
+    """C = A B^T for C [rows, columns], as many numbers as a vector has, and k a multiple of WIDTH.
 
     Vectors go along k, so that nothing is lost on columns which do not fill one. Brings in the rows that follow A's.
     """
 
-    def generate(context, builder, signature, args):
-        _write_dots(builder, *args)
-        return context.get_dummy_value()
+    @intrinsic
+    def tile(typing, a, a_row, b, c, k):
+        def generate(context, builder, signature, args):
+            _write_dots(builder, columns, *args)
+            return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5), generate
+        return types.void(*[types.int64] * 5), generate
+
+    return tile
 
 
-def _write_dots(builder, a, a_row, b, c, k):
-    rows = [builder.mul(_number(i), a_row) for i in range(WIDTH // FEW)]
+def _write_dots(builder, columns, a, a_row, b, c, k):
+    rows = [builder.mul(_number(i), a_row) for i in range(WIDTH // columns)]
     following = builder.mul(_number(len(rows)), a_row)
 
     def step(at: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
         for row in rows:
             _fetch(builder, a, builder.add(builder.add(row, following), at))
         left = [_load(builder, a, builder.add(row, at)) for row in rows]
-        right = [_load(builder, b, builder.add(builder.mul(_number(j), k), at)) for j in range(FEW)]
+        right = [_load(builder, b, builder.add(builder.mul(_number(j), k), at)) for j in range(columns)]
         return _outer(builder, left, right, sums)
 
     sums = _loop(builder, WIDTH, k, [ir.Constant(_VECTOR, [0.0] * WIDTH)] * WIDTH, step)
