@@ -197,6 +197,88 @@ _READ_BY = {
     "data.seed": ("data.corpus", ("synthetic",)),
 }
 
+_ON_BASE = "optim.train reaches base weights, but the reference policy is the base without adapters; train lora only"
+# What single values do not show: keys, what must hold of their values, and what is said where it does not.
+_TOGETHER = (
+    (
+        ("algorithm", "lora.dropout"),
+        lambda algorithm, dropout: algorithm == "sft" or dropout == 0,
+        "lora.dropout={lora_dropout} must be 0 in RL: it would change pi between passes",
+    ),
+    (
+        ("optim.accumulate", "data.batch_size"),
+        lambda parts, size: size % parts == 0,
+        "optim.accumulate={optim_accumulate} must divide data.batch_size={data_batch_size}",
+    ),
+    (
+        ("data.pack", "optim.accumulate"),
+        lambda pack, parts: not pack or parts == 1,
+        "data.pack is without optim.accumulate={optim_accumulate}: parts of a batch would be of unequal size",
+    ),
+    (
+        ("optim.micro_batch", "optim.accumulate", "data.batch_size"),
+        lambda prompts, parts, size: prompts == 0 or size % (parts * prompts) == 0,
+        "optim.micro_batch={optim_micro_batch} must divide data.batch_size={data_batch_size} / "
+        "optim.accumulate={optim_accumulate}",
+    ),
+    (
+        ("data.pack", "optim.micro_batch"),
+        lambda pack, prompts: not pack or prompts == 0,
+        "data.pack is without optim.micro_batch={optim_micro_batch}: parts of a batch would be of unequal size",
+    ),
+    (
+        ("eval.checkpoint", "eval.every"),
+        lambda checkpoint, every: checkpoint == "last" or every > 0,
+        "eval.checkpoint={eval_checkpoint!r} needs evaluations on dev to choose by: set eval.every",
+    ),
+    (
+        ("prompt.style", "steps"),
+        lambda style, steps: style == "steps" or steps == 0,
+        "prompt.style={prompt_style!r} is for evaluation (steps=0): curated trajectories are written in 'steps'",
+    ),
+    (
+        ("algorithm", "loss.lambda_ce", "loss.lambda_kl"),
+        lambda algorithm, ce, kl: algorithm != "sft" or ce + kl > 0,
+        "loss.lambda_ce and loss.lambda_kl are both 0: nothing to learn",
+    ),
+    (
+        ("reward.w_js", "reward.w_fmt"),
+        lambda js, fmt: js + fmt > 0,
+        "reward.w_js and reward.w_fmt are both 0: no reward",
+    ),
+    (
+        ("data.corpus", "data.like", "data.fold"),
+        lambda corpus, like, fold: corpus != "synthetic" or fold < synthetic.LIKE[like].folds,
+        "data.fold={data_fold} is not one of the folds of the synthetic corpus, which count from 0 to 4",
+    ),
+    (
+        ("algorithm", "optim.train"),
+        lambda algorithm, train: algorithm != "dpo" or not trains_base(train),
+        _ON_BASE,
+    ),
+    (
+        ("algorithm", "optim.train", "grpo.beta_kl"),
+        lambda algorithm, train, beta: algorithm not in ("grpo", "grpoz") or beta == 0 or not trains_base(train),
+        _ON_BASE + ", or set grpo.beta_kl=0",
+    ),
+    (
+        ("model.weights", "optim.train"),
+        lambda weights, train: weights == "float" or not trains_base(train),
+        "optim.train reaches base weights, which model.weights={model_weights!r} rounds: train lora only, or set "
+        "model.weights='float'",
+    ),
+    (
+        ("model.attention", "model.dtype"),
+        lambda attention, dtype: attention != "cudnn" or dtype == "bfloat16",
+        "model.attention='cudnn' computes in bfloat16, and model.dtype={model_dtype!r}",
+    ),
+    (
+        ("model.decoding", "model.cache"),
+        lambda decoding, cache: decoding == "xla" or cache == "float",
+        "model.decoding='triton' reads a float cache, and model.cache={model_cache!r}",
+    ),
+)
+
 
 def completed(config: dict) -> dict:
     """`config` (nested) of a run, in which an earlier version could not say what `ADDED` says."""
@@ -230,92 +312,12 @@ def _is_read(key: str, flat: dict) -> bool:
 
 
 def _contradictions(c: dict) -> list[str]:
-    """What single values do not show; asked only where all the values that it is about are right."""
-    wrong = []
-
-    def need(keys: tuple[str, ...], holds: Callable[..., bool], message: str) -> None:
-        if all(key in c for key in keys) and not holds(*(c[key] for key in keys)):
-            wrong.append(message.format(**{key.replace(".", "_"): c[key] for key in keys}))
-
-    need(
-        ("algorithm", "lora.dropout"),
-        lambda algorithm, dropout: algorithm == "sft" or dropout == 0,
-        "lora.dropout={lora_dropout} must be 0 in RL: it would change pi between passes",
-    )
-    need(
-        ("optim.accumulate", "data.batch_size"),
-        lambda parts, size: size % parts == 0,
-        "optim.accumulate={optim_accumulate} must divide data.batch_size={data_batch_size}",
-    )
-    need(
-        ("data.pack", "optim.accumulate"),
-        lambda pack, parts: not pack or parts == 1,
-        "data.pack is without optim.accumulate={optim_accumulate}: parts of a batch would be of unequal size",
-    )
-    need(
-        ("optim.micro_batch", "optim.accumulate", "data.batch_size"),
-        lambda prompts, parts, size: prompts == 0 or size % (parts * prompts) == 0,
-        "optim.micro_batch={optim_micro_batch} must divide data.batch_size={data_batch_size} / "
-        "optim.accumulate={optim_accumulate}",
-    )
-    need(
-        ("data.pack", "optim.micro_batch"),
-        lambda pack, prompts: not pack or prompts == 0,
-        "data.pack is without optim.micro_batch={optim_micro_batch}: parts of a batch would be of unequal size",
-    )
-    need(
-        ("eval.checkpoint", "eval.every"),
-        lambda checkpoint, every: checkpoint == "last" or every > 0,
-        "eval.checkpoint={eval_checkpoint!r} needs evaluations on dev to choose by: set eval.every",
-    )
-    need(
-        ("prompt.style", "steps"),
-        lambda style, steps: style == "steps" or steps == 0,
-        "prompt.style={prompt_style!r} is for evaluation (steps=0): curated trajectories are written in 'steps'",
-    )
-    need(
-        ("algorithm", "loss.lambda_ce", "loss.lambda_kl"),
-        lambda algorithm, ce, kl: algorithm != "sft" or ce + kl > 0,
-        "loss.lambda_ce and loss.lambda_kl are both 0: nothing to learn",
-    )
-    need(
-        ("reward.w_js", "reward.w_fmt"),
-        lambda js, fmt: js + fmt > 0,
-        "reward.w_js and reward.w_fmt are both 0: no reward",
-    )
-    need(
-        ("data.corpus", "data.like", "data.fold"),
-        lambda corpus, like, fold: corpus != "synthetic" or fold < synthetic.LIKE[like].folds,
-        "data.fold={data_fold} is not one of the folds of the synthetic corpus, which count from 0 to 4",
-    )
-    on_base = "optim.train reaches base weights, but the reference policy is the base without adapters; train lora only"
-    need(
-        ("algorithm", "optim.train"),
-        lambda algorithm, train: algorithm != "dpo" or not trains_base(train),
-        on_base,
-    )
-    need(
-        ("algorithm", "optim.train", "grpo.beta_kl"),
-        lambda algorithm, train, beta: algorithm not in ("grpo", "grpoz") or beta == 0 or not trains_base(train),
-        on_base + ", or set grpo.beta_kl=0",
-    )
-    need(
-        ("model.weights", "optim.train"),
-        lambda weights, train: weights == "float" or not trains_base(train),
-        "optim.train reaches base weights, which model.weights={model_weights!r} rounds: train lora only, or set "
-        "model.weights='float'",
-    )
-    need(
-        ("model.attention", "model.dtype"),
-        lambda attention, dtype: attention != "cudnn" or dtype == "bfloat16",
-        "model.attention='cudnn' computes in bfloat16, and model.dtype={model_dtype!r}",
-    )
-    need(
-        ("model.decoding", "model.cache"),
-        lambda decoding, cache: decoding == "xla" or cache == "float",
-        "model.decoding='triton' reads a float cache, and model.cache={model_cache!r}",
-    )
-    return wrong
+    """Which of `_TOGETHER` do not hold; asked only where all the values that they are about are right."""
+    return [
+        message.format(**{key.replace(".", "_"): c[key] for key in keys})
+        for keys, holds, message in _TOGETHER
+        if all(key in c for key in keys) and not holds(*(c[key] for key in keys))
+    ]
 
 
 def trains_base(patterns: tuple[str, ...]) -> bool:
