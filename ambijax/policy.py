@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from ambijax import losses, readout, sampling
-from ambijax.model.decoder import Past, decoding_kernel
+from ambijax.model.cache import Past
+from ambijax.model.decoder import decoding_kernel
 from ambijax.model.qwen2_audio import Qwen2Audio
 from ambijax.model.transposed import TransposedLayer, product, transposed_layers
 from ambijax.structs import Completions, Prompt, Rollout, Scores

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from ambijax import convert, export, losses, plan, policy, programs, rules, settings, sharding
 from ambijax.model import config as model_config
 from ambijax.model import qwen2_audio, transposed
-from ambijax.model.decoder import Past
+from ambijax.model.cache import Past
 from ambijax.model.layers import quantize
 from tests import small, trained
 

@@ -30,7 +30,7 @@ LAYERS = [
     ["model.cpu_kernels"],
     ["model.lora"],
     ["model.layers"],
-    ["model.encoder", "model.transposed", "model.decode_kernel"],
+    ["model.cache", "model.encoder", "model.transposed", "model.decode_kernel"],
     ["model.decoder"],
     ["model.qwen2_audio"],
     ["hugging_face"],

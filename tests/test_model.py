@@ -17,7 +17,8 @@ import pytest
 from ambijax import convert
 from ambijax.model import config as model_config
 from ambijax.model import qwen2_audio
-from ambijax.model.decoder import DecoderLayer, Past
+from ambijax.model.cache import Past
+from ambijax.model.decoder import DecoderLayer
 from ambijax.model.layers import rope, rotation
 from ambijax.model.qwen2_audio import Qwen2Audio
 

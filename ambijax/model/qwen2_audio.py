@@ -7,8 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ambijax.model.cache import Past
 from ambijax.model.config import LoraConfig, Qwen2AudioConfig
-from ambijax.model.decoder import Block, Decoder, Past
+from ambijax.model.decoder import Block, Decoder
 from ambijax.model.encoder import AudioTower
 from ambijax.model.layers import Dense
 from ambijax.model.transposed import TransposedLayer
