@@ -149,15 +149,15 @@ def faults(completion: str, labels: Sequence[str], *, style: str, ended: bool, f
     return found
 
 
-def format_reward(completion: str, labels: Sequence[str], **how: object) -> float:
+def format_reward(completion: str, labels: Sequence[str], *, style: str, ended: bool, forced: bool = False) -> float:
     """format(r) of equation 6: 1 when the completion follows the format to the letter, else 0. See `faults`."""
-    return float(not faults(completion, labels, **how))
+    return float(not faults(completion, labels, style=style, ended=ended, forced=forced))
 
 
-def format_credit(completion: str, labels: Sequence[str], *, style: str, **how: object) -> float:
+def format_credit(completion: str, labels: Sequence[str], *, style: str, ended: bool, forced: bool = False) -> float:
     """format(r) with partial credit: a fifth for each of the four headed parts and the answer, a fifth less for any
     other of the `faults`; 1 exactly where `format_reward` is, 0 for an empty completion. Styles of fewer parts: all or
     nothing.
     """
-    found = faults(completion, labels, style=style, **how)
+    found = faults(completion, labels, style=style, ended=ended, forced=forced)
     return max(0, 5 - len(found)) / 5 if style == "steps" else float(not found)
