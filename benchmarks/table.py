@@ -71,7 +71,7 @@ def _section(device: str, results: list[dict]) -> str:
         text += "\n" + _table(plain) + _split(plain) + _limits(plain)
     if changed:
         text += "\n### Other shapes\n\n" + _table(changed)
-    return text
+    return text + _distance(plain + changed)
 
 
 def _table(results: list[dict]) -> str:
@@ -106,13 +106,12 @@ def _split(results: list[dict]) -> str:
     return text
 
 
-def _limits(results: list[dict]) -> str:
+def _limits(plain: list[dict]) -> str:
     """Distance from the device: matrix rate for training, bandwidth for sampling."""
-    by_row = {r["row"]: r for r in results}
+    by_row = {r["row"]: r for r in plain}
+    rate, bandwidth = _rate(by_row), _bandwidth(by_row)
     text = ""
-    if "matrix" in by_row and "sft" in by_row:
-        n = matrix_size(by_row["matrix"]["hardware"]["gpu"] is None)
-        rate = 2 * PRODUCTS * n**3 / min(by_row["matrix"][side]["median"] for side in ("ours", "reference"))
+    if rate and "sft" in by_row:
         for side in ("ours", "reference"):
             shape, seconds = Shape(**by_row["sft"]["shape"]), by_row["sft"][side]["median"]
             tokens = shape.clips * (shape.prompt + shape.completion)
@@ -121,16 +120,79 @@ def _limits(results: list[dict]) -> str:
                 f"\nSFT, {side}: {tokens} real tokens x 4 N (N = {shape.matrix_parameters / 1e6:.1f} M, without "
                 f"recomputation) at {100 * share:.0f} % of the measured {rate / 1e12:.3g} TFLOP/s.\n"
             )
-    if "read" in by_row and "rollout" in by_row:
-        size = 4 * math.prod(read_size(by_row["read"]["hardware"]["gpu"] is None))
-        bandwidth = size / min(by_row["read"][side]["median"] for side in ("ours", "reference"))
-        shape, parts = Shape(**by_row["rollout"]["shape"]), by_row["rollout"]["ours"]["parts"]
-        bytes_each = {"float32": 4, "bfloat16": 2}[shape.dtype]
-        token = 2 * shape.layers * shape.hidden * bytes_each  # keys and values of one token
-        cache = shape.clips * (shape.prompt + shape.samples * shape.new_tokens / 2) * token
-        limit = shape.new_tokens * (shape.matrix_parameters * bytes_each + cache) / bandwidth
+    if bandwidth and "rollout" in by_row:
+        limit = _bytes_of_decoding(Shape(**by_row["rollout"]["shape"])) / bandwidth
+        taken = by_row["rollout"]["ours"]["parts"]["decode"]
         text += (
             f"\nDecoding: weights and written cache, read once a token at the measured {bandwidth / 1e9:.0f} GB/s, "
-            f"would take {limit:.2f} s; it took {parts['decode']:.2f} s ({100 * limit / parts['decode']:.0f} %).\n"
+            f"would take {limit:.2f} s; it took {taken:.2f} s ({100 * limit / taken:.0f} %).\n"
         )
     return text
+
+
+def _distance(results: list[dict]) -> str:
+    """How long GRPOz takes at the device's rates, in every shape that was measured; '' where the rates were not."""
+    by_row = {r["row"]: r for r in results if not r["change"]}
+    steps = [r for r in results if r["row"] == "grpoz"]
+    rate, bandwidth = _rate(by_row), _bandwidth(by_row)
+    if not steps or not rate or not bandwidth:
+        return ""
+    rows = [
+        "| GRPOz step | products in pre-fill, score, update | decoding | both | of our step | ratio it would have |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in steps:
+        shape = Shape(**r["shape"])
+        sampled = shape.clips * shape.samples * shape.new_tokens
+        products = _products_of_grpoz(shape) / rate
+        decoding = max(_bytes_of_decoding(shape) / bandwidth, 2 * shape.matrix_parameters * sampled / rate)
+        limit = products + decoding
+        change = ", ".join(f"{name} {value}" for name, value in r["change"].items()) or "as in the preset"
+        share, ratio = 100 * limit / r["ours"]["median"], r["reference"]["median"] / limit
+        rows.append(f"| {change} | {products:.2f} s | {decoding:.2f} s | {limit:.2f} s | {share:.0f} % | {ratio:.1f} |")
+    return (
+        f"\n### The limit of GRPOz\n\nEvery product with frozen weights at the measured {rate / 1e12:.3g} TFLOP/s; "
+        f"decoding at that rate or at the measured {bandwidth / 1e9:.0f} GB/s, whichever takes longer; no more.\n\n"
+        + "\n".join(rows)
+        + "\n"
+    )
+
+
+def _rate(by_row: dict[str, dict]) -> float | None:
+    """FLOP/s of a large product, the faster side's."""
+    if "matrix" not in by_row:
+        return None
+    n = matrix_size(by_row["matrix"]["hardware"]["gpu"] is None)
+    return 2 * PRODUCTS * n**3 / min(by_row["matrix"][side]["median"] for side in ("ours", "reference"))
+
+
+def _bandwidth(by_row: dict[str, dict]) -> float | None:
+    """Bytes a second, the faster side's."""
+    if "read" not in by_row:
+        return None
+    size = 4 * math.prod(read_size(by_row["read"]["hardware"]["gpu"] is None))
+    return size / min(by_row["read"][side]["median"] for side in ("ours", "reference"))
+
+
+def _bytes_of_decoding(shape: Shape) -> float:
+    """Bytes of weights and of keys and values written so far, once a token."""
+    bytes_each = {"float32": 4, "bfloat16": 2}[shape.dtype]
+    token = 2 * shape.layers * shape.hidden * bytes_each  # keys and values of one token
+    cache = shape.clips * (shape.prompt + shape.samples * shape.new_tokens / 2) * token
+    return shape.new_tokens * (shape.matrix_parameters * bytes_each + cache)
+
+
+def _products_of_grpoz(shape: Shape) -> float:
+    """FLOP of products with frozen matrices: pre-fill, the reference's scores of samples, the update on them and gold.
+
+    2 for each parameter and token forward, 2 more for the gradient by activations; the head on completions alone.
+    """
+    head = shape.hidden * shape.vocabulary
+    layers = shape.matrix_parameters - head
+    prompts = shape.clips * shape.prompt
+
+    def forward(completions: int) -> float:
+        tokens = shape.clips * completions * shape.new_tokens
+        return 2 * (layers * (prompts + tokens) + head * tokens)
+
+    return 2 * layers * prompts + forward(shape.samples) + 2 * forward(shape.samples + 1)

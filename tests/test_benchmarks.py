@@ -1,12 +1,13 @@
 """What benchmarks/ writes down: a page says what its results say, and each machine's stay its own."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, table
+from benchmarks import compare, shapes, table
 
 RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks"
 
@@ -30,3 +31,26 @@ def test_machines_do_not_replace_each_other():
     assert f"**{old['ratio']['median']:.2f}**" in kept
     assert "123.45" not in kept
     assert "123.45" in other
+
+
+def test_the_limit_of_grpoz_by_hand():
+    """One layer of seven numbers and a head of one; a prompt of 10 tokens, two samples and gold of 3 each."""
+    shape = dataclasses.replace(
+        shapes.PRESETS["small"],
+        **{
+            "hidden": 1,
+            "mlp": 1,
+            "layers": 1,
+            "vocabulary": 1,
+            "clips": 1,
+            "prompt": 10,
+            "samples": 2,
+            "new_tokens": 3,
+        },
+    )
+    prefill = 2 * 7 * 10
+    score = 2 * (7 * (10 + 6) + 6)  # the head on completions alone
+    update = 4 * (7 * (10 + 9) + 9)
+    assert table._products_of_grpoz(shape) == prefill + score + update
+    # Three tokens, each: eight weights, a key and a value of the prompt's ten and of half of the six to be written.
+    assert table._bytes_of_decoding(shape) == 3 * 4 * (8 + 2 * (10 + 3))
