@@ -96,6 +96,14 @@ def test_a_split_is_the_same_whichever_are_built_beside_it(vocabulary):
     np.testing.assert_array_equal(alone.prompts([0, 1]).tokens, beside.prompts([0, 1]).tokens)
 
 
+def test_examples_are_numbered_across_the_corpus(vocabulary):
+    sets = build(vocabulary)
+    numbers = {name: dataset.prompts(range(len(dataset))).example for name, dataset in sets.items()}
+    assert [n for each in numbers.values() for n in each] == [*range(6)]  # no two draw from the same key
+    for name, dataset in sets.items():
+        assert [dataset.at(n).id for n in numbers[name]] == [u.id for u in dataset.utterances]
+
+
 def test_a_prompt_that_nobody_counted_is_an_error_and_is_not_cut(vocabulary):
     plain, swapped = (build(vocabulary, edit)["test"] for edit in (list, canaries.swap_audio))
     asked = dataclasses.replace(swapped, slots=plain.slots)  # the long clip now comes with more words
