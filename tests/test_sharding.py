@@ -210,6 +210,7 @@ def test_labels_split_and_merge():
 def test_the_schedule_begins_at_zero_only_to_warm_up():
     peak = optim.schedule(1.0, 0.25, 8)
     assert [float(peak(step)) for step in (0, 1, 2, 8)] == [0, 0.5, 1, 0]
+    assert float(optim.schedule(1.0, 0.03, 10)(1)) == 1  # one step of it at least
     assert float(optim.schedule(1.0, 0.0, 1)(0)) == 1
     assert float(optim.schedule(1.0, 0.0, 8)(4)) == pytest.approx(0.5)
 
