@@ -99,7 +99,7 @@ def test_the_rows_of_the_table_on_the_real_votes(real_votes):
 
 
 def test_who_cannot_be_held_out_is_left_out_and_counted():
-    votes = np.array([[3, 1], [1, 0], [0.5, 1.5]])  # four annotators; one; two who share their votes
+    votes = np.array([[3, 1], [1, 1], [1, 0], [0.5, 1.5]])  # four annotators; two; one; two who share their votes
     rows = bounds.bounds(np.array([[0.5, 0.5]]), votes, draws=10)
-    assert [rows[name]["clips"] for name in ("prior", "one annotator", "half")] == [3, 1, 1]
-    assert list(bounds.bounds(np.array([[0.5, 0.5]]), votes[1:], draws=10)) == ["uniform", "prior", "one-hot"]
+    assert [rows[name]["clips"] for name in ("prior", "one annotator", "half")] == [4, 2, 2]
+    assert list(bounds.bounds(np.array([[0.5, 0.5]]), votes[2:], draws=10)) == ["uniform", "prior", "one-hot"]
