@@ -71,7 +71,7 @@ def _section(device: str, results: list[dict]) -> str:
         text += "\n" + _table(plain) + _split(plain) + _limits(plain)
     if changed:
         text += "\n### Other shapes\n\n" + _table(changed)
-    return text + _distance(plain + changed)
+    return text + _grpoz_limits(plain + changed)
 
 
 def _table(results: list[dict]) -> str:
@@ -130,7 +130,7 @@ def _limits(plain: list[dict]) -> str:
     return text
 
 
-def _distance(results: list[dict]) -> str:
+def _grpoz_limits(results: list[dict]) -> str:
     """How long GRPOz takes at the device's rates, in every shape that was measured; '' where the rates were not."""
     by_row = {r["row"]: r for r in results if not r["change"]}
     steps = [r for r in results if r["row"] == "grpoz"]
@@ -151,7 +151,8 @@ def _distance(results: list[dict]) -> str:
         share, ratio = 100 * limit / r["ours"]["median"], r["reference"]["median"] / limit
         rows.append(f"| {change} | {products:.2f} s | {decoding:.2f} s | {limit:.2f} s | {share:.0f} % | {ratio:.1f} |")
     return (
-        f"\n### The limit of GRPOz\n\nEvery product with frozen weights at the measured {rate / 1e12:.3g} TFLOP/s; "
+        "\n### GRPOz at the device's rates\n\n"
+        f"Every product with frozen weights at the measured {rate / 1e12:.3g} TFLOP/s; "
         f"decoding at that rate or at the measured {bandwidth / 1e9:.0f} GB/s, whichever takes longer; no more.\n\n"
         + "\n".join(rows)
         + "\n"

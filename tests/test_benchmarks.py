@@ -37,16 +37,8 @@ def test_the_limit_of_grpoz_by_hand():
     """One layer of seven numbers and a head of one; a prompt of 10 tokens, two samples and gold of 3 each."""
     shape = dataclasses.replace(
         shapes.PRESETS["small"],
-        **{
-            "hidden": 1,
-            "mlp": 1,
-            "layers": 1,
-            "vocabulary": 1,
-            "clips": 1,
-            "prompt": 10,
-            "samples": 2,
-            "new_tokens": 3,
-        },
+        **dict.fromkeys(("hidden", "mlp", "layers", "vocabulary", "clips"), 1),
+        **{"prompt": 10, "samples": 2, "new_tokens": 3},
     )
     prefill = 2 * 7 * 10
     score = 2 * (7 * (10 + 6) + 6)  # the head on completions alone
