@@ -122,12 +122,23 @@ PRESETS = {
 
 
 def changes(given: list[str]) -> dict[str, object]:
-    """'field=value' strings as a shape's fields and their values."""
+    """'field=value' strings as a shape's fields and their values.
+
+    Raises:
+      ValueError: no such field, or a value that it cannot have.
+    """
     kinds = {field.name: type(getattr(PRESETS["small"], field.name)) for field in dataclasses.fields(Shape)}
-    pairs = dict(change.split("=") for change in given)
-    if unknown := pairs.keys() - kinds.keys():
-        raise ValueError(f"{', '.join(sorted(unknown))} is no field of a shape")
-    return {name: kinds[name](value) for name, value in pairs.items()}
+    read = {bool: {"True": True, "False": False}.__getitem__}  # bool("False") is True
+    changed = {}
+    for name, _, value in (change.partition("=") for change in given):
+        if name not in kinds:
+            raise ValueError(f"{name} is no field of a shape; there are {', '.join(kinds)}")
+        kind = kinds[name]
+        try:
+            changed[name] = read.get(kind, kind)(value)
+        except (KeyError, ValueError):
+            raise ValueError(f"{name}={value!r} must be {kind.__name__}") from None
+    return changed
 
 
 # A ratio that holds for one shape only does not count: the ends of what the task uses, one field at a time.

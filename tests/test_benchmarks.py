@@ -33,6 +33,20 @@ def test_machines_do_not_replace_each_other():
     assert "123.45" in other
 
 
+def test_a_shape_is_changed_as_it_is_written():
+    given = ["samples=2", "seconds=12", "dtype=bfloat16", "reference_checkpointing=False"]
+    expected = {"samples": 2, "seconds": 12.0, "dtype": "bfloat16", "reference_checkpointing": False}
+    assert shapes.changes(given) == expected
+    for wrong, said in {
+        "sampels=2": "sampels is no field of a shape; there are hidden, ",
+        "samples": "samples='' must be int",
+        "samples=two": "samples='two' must be int",
+        "reference_checkpointing=no": "reference_checkpointing='no' must be bool",
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{said}"):
+            shapes.changes([wrong])
+
+
 def test_the_limit_of_grpoz_by_hand():
     """One layer of seven numbers and a head of one; a prompt of 10 tokens, two samples and gold of 3 each."""
     shape = dataclasses.replace(
