@@ -1,0 +1,68 @@
+"""docs/images/speed.png, how far ahead of transformers + PEFT every row is: `python -m benchmarks.picture`.
+
+Reads docs/benchmarks/67m.json. Needs `pip install -e '.[report]'`.
+"""
+
+import json
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ambijax.report import style
+from benchmarks import table
+from benchmarks.compare import ROOT
+
+RESULTS = ROOT / "docs" / "benchmarks" / "67m.json"
+PICTURE = ROOT / "docs" / "images" / "speed.png"
+TITLES = {  # rows shown, and their targets
+    "features": ("log-mel", 3),
+    "tower": ("audio tower", None),
+    "readout": ("read-out", 4),
+    "sft": ("SFT", 2),
+    "dpo": ("DPO", None),
+    "rollout": ("roll-out", 5),
+    "grpoz": ("GRPOz", 5),
+}
+SHAPES = {  # of TITLES' rows, changes of the preset's, in the order shown
+    (): "",
+    (("seconds", 2.0), ("prompt", 130)): "clips of 2 s",
+    (("seconds", 12.0), ("prompt", 380)): "clips of 12 s",
+    (("new_tokens", 64),): "64 tokens",
+    (("new_tokens", 512),): "512 tokens",
+    (("samples", 2),): "K = 2",
+    (("samples", 16),): "K = 16",
+}
+
+
+def main() -> None:
+    results = json.loads(RESULTS.read_text())
+    with matplotlib.rc_context(style.STYLE):
+        figure = Figure(figsize=(8.6, 6.2))
+        draw(figure.subplots(), results)
+        figure.savefig(PICTURE, metadata={"Software": None})
+
+
+def draw(axes: Axes, results: list[dict]) -> None:
+    """A line for each row and shape: the median of every machine, from p10 to p90."""
+    found = {(r["row"], tuple(r["change"].items()), table.machine(r)): r["ratio"] for r in results}
+    machines = list(dict.fromkeys(machine for _, _, machine in found))
+    lines = [(row, shape) for row in TITLES for shape in SHAPES if any((row, shape, m) in found for m in machines)]
+    for i, machine in enumerate(machines):
+        shown = [(y, found[(*line, machine)]) for y, line in enumerate(lines) if (*line, machine) in found]
+        heights = [y + 0.3 * (i - (len(machines) - 1) / 2) for y, _ in shown]
+        low, middle, high = ([ratio[name] for _, ratio in shown] for name in ("p10", "median", "p90"))
+        axes.hlines(heights, low, high, style.trained(i), linewidth=1.5)
+        axes.plot(middle, heights, "o", color=style.trained(i), markersize=5, label=machine)
+    targets = [(y, TITLES[row][1]) for y, (row, _) in enumerate(lines) if TITLES[row][1]]
+    ends = [[y + side for y, _ in targets] for side in (-0.45, 0.45)]
+    axes.vlines([target for _, target in targets], *ends, style.MUTED, "dashed", linewidth=1, label="target")
+    names = [", ".join(filter(None, (TITLES[row][0], SHAPES[shape]))) for row, shape in lines]
+    axes.set_yticks(range(len(lines)), names)
+    axes.set(xlim=(0, None), ylim=(len(lines) - 0.4, -0.6), xlabel="times the speed of transformers + PEFT")
+    style.tidy(axes, grid="x")
+    axes.legend(loc="lower right")
+
+
+if __name__ == "__main__":
+    main()
