@@ -12,6 +12,7 @@ from ml_collections import FrozenConfigDict
 
 import ambijax
 from ambijax import assemble, prompt
+from ambijax.errors import DataError
 from ambijax.evaluate import COLUMNS
 
 PAPER = "Disentangling Reasoning in Large Audio-Language Models for Ambiguous Emotion Prediction"
@@ -123,8 +124,8 @@ def _corpus_description(config: FrozenConfigDict) -> str:
     if config.data.corpus == "synthetic":
         return "Synthetic speech of the tiny lab of ambijax, with simulated listeners: no person was recorded."
     path = Path(config.data.root) / "corpus.json"
-    text = json.loads(path.read_text()).get("description") if path.is_file() else ""
-    return text or f"A corpus called {Path(config.data.root).name}, with listeners' votes."
+    text = _object(path).get("description") if path.is_file() else ""
+    return str(text or f"A corpus called {Path(config.data.root).name}, with listeners' votes.")
 
 
 def _training(about: About) -> str:
@@ -148,26 +149,43 @@ def _training(about: About) -> str:
 
 def _metrics(about: About) -> str:
     """The table of the run's own evaluation, base and trained."""
-    evaluated = {"base": "test-base", "these weights": "test"}
-    summaries = {
-        title: json.loads(path.read_text())
-        for title, name in evaluated.items()
-        if (path := about.run / "eval" / name / "summary.json").is_file()
+    files = {
+        title: about.run / "eval" / name / "summary.json"
+        for title, name in {"base": "test-base", "these weights": "test"}.items()
     }
+    summaries = {title: _object(path) for title, path in files.items() if path.is_file()}
     if "these weights" not in summaries:
         return "Not evaluated: `python -m ambijax.evaluate --run RUN` before the export fills this in."
     chosen = about.best and about.config.eval.checkpoint == "last"  # here, and not by the run, which tested its last
     if chosen and about.step != about.config.steps:
         summaries[f"after {about.config.steps} updates"] = summaries.pop("these weights")
     level = about.config.eval.level
-    clips = next(iter(summaries.values()))["clips"]
-    rows = [f"| {title} | {' | '.join(_cell(s, key) for key in COLUMNS.values())} |" for title, s in summaries.items()]
+    try:
+        clips = next(iter(summaries.values()))["clips"]
+        cells = {title: [_cell(summary, key) for key in COLUMNS.values()] for title, summary in summaries.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        again = f"python -m ambijax.evaluate --run {about.run} writes it anew"
+        raise DataError(
+            f"{about.run / 'eval'}: a summary.json is not that of an evaluation ({error}); {again}"
+        ) from None
+    rows = [f"| {title} | {' | '.join(row)} |" for title, row in cells.items()]
     note = (
         f"{clips} clips of speakers it never heard. The model writes its reasoning freely, and the distribution is "
         f"read out after it. JS in bits; R2 is a clip's squared correlation over classes; in brackets {level:.0%} "
         "bootstrap intervals."
     )
     return "\n".join([note, "", f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|", *rows])
+
+
+def _object(path: Path) -> dict:
+    """The JSON object in a file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
 
 
 def _cell(summary: dict, key: str) -> str:

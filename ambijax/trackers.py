@@ -28,6 +28,7 @@ from ml_collections import FrozenConfigDict
 
 from ambijax import audio, digest, errors, manifest, settings
 from ambijax.errors import AmbijaxError, ConfigError
+from ambijax.workdir import replace
 
 NAMES = ("tensorboard", "wandb", "trackio")
 STATE = "tracker.json"
@@ -84,27 +85,46 @@ def send(config: FrozenConfigDict, name: str, workdir: Path, over: threading.Eve
       name: of the tracker.
       workdir: the run.
       over: nothing more will be written.
+
+    Raises:
+      ConfigError: what was sent before cannot be read.
     """
-    path = workdir / STATE
-    states = json.loads(path.read_text()) if path.is_file() else {}
+    states = _states(workdir / STATE)
     state = states.setdefault(name, {"id": uuid.uuid4().hex[:8], "step": -1, "table": False})
+    keep = lambda: replace(workdir / STATE, json.dumps(states) + "\n")  # noqa: E731
+    keep()
     tracker = (_TensorBoard if name == "tensorboard" else _Board)(name, state["id"], config, workdir)
     try:
         last = False
         while not last:
-            last = over.wait(EVERY)  # and look once more: what came between is sent, too
+            last, sent = over.wait(EVERY), state["step"]  # and look once more: what came between is sent, too
             for record in _records(workdir / "metrics.jsonl"):
                 if record.get("step", -1) > state["step"]:
                     numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
                     tracker.metrics(record["step"], numbers)
                     state["step"] = record["step"]
-            path.write_text(json.dumps(states) + "\n")
+            if state["step"] > sent:
+                keep()
         if (workdir / "eval/test/summary.json").is_file() and not state["table"]:
             tracker.table(state["step"], *_table(config, workdir / "eval/test"))
             state["table"] = True
-            path.write_text(json.dumps(states) + "\n")
+            keep()
     finally:
         tracker.close()
+
+
+def _states(path: Path) -> dict[str, dict]:
+    """For each tracker the name it knows the run by, the last step sent, and whether it has the table."""
+    if not path.is_file():
+        return {}
+    try:
+        states = json.loads(path.read_text(encoding="utf-8"))
+        whole = all({"id", "step", "table"} <= state.keys() for state in states.values())
+    except (ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise ConfigError(f"{path} is damaged; remove it, and all of the run is sent again")
+    return states
 
 
 def _records(path: Path) -> Iterator[dict]:

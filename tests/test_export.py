@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 
 import ambijax
 from ambijax import assemble, card, checkpoint, export, peft, settings
-from ambijax.errors import ConfigError
+from ambijax.errors import ConfigError, DataError
 from ambijax.model.config import LoraConfig
 from tests import hub_server, trained
 
@@ -256,6 +256,24 @@ def test_the_card_knows_whose_metrics_it_shows(own, said, run, tmp_path):
     text = card.render(card.About(run=tmp_path, config=FrozenConfigDict(config), **about))
     assert f"| {said} | 0.100 |" in text
     assert "1 of 3, the best on dev" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "not JSON"),
+        ("[1]", "expected a JSON object, got list"),
+        ("{}", "not that of an evaluation"),
+        ('{"clips": 7, "js": {}, "intervals": {}}', "not that of an evaluation"),
+        ('{"clips": 7, "js": 0.1, "intervals": []}', "not that of an evaluation"),
+    ],
+)
+def test_a_damaged_evaluation_is_named(text, what, run, tmp_path):
+    (tmp_path / "eval/test").mkdir(parents=True)
+    (tmp_path / "eval/test/summary.json").write_text(text)
+    about = {"kind": "peft", "step": 1, "best": False, "base_model": "base", "licence": "other"}
+    with pytest.raises(DataError, match=f"{tmp_path}.*{what}"):
+        card.render(card.About(run=tmp_path, config=settings.load(run), **about))
 
 
 def test_digests_are_of_every_file(exported):

@@ -121,6 +121,43 @@ def test_trackio(workdir, tmp_path, monkeypatch, sound):
     assert len(sounds) == sound
 
 
+class Recorder:
+    """A tracker that needs no package."""
+
+    def __init__(self, *_: object) -> None:
+        self.steps = []
+        Recorder.last = self
+
+    def metrics(self, step: int, numbers: dict) -> None:
+        self.steps.append(step)
+
+    def table(self, *_: object) -> None:
+        """Whoever sends it."""
+
+    close = table
+
+
+def test_the_record_of_what_was_sent_is_never_half_written(workdir, tmp_path, monkeypatch):
+    """A kill while it is written must not leave a file that no later start can read: it is replaced, not rewritten."""
+    monkeypatch.setattr(trackers, "_TensorBoard", Recorder)
+    send(workdir, "tensorboard")
+    (tmp_path / "earlier").hardlink_to(workdir / trackers.STATE)
+    earlier = (tmp_path / "earlier").read_text()
+    metrics(workdir, range(3, 5))
+    send(workdir, "tensorboard")
+    assert Recorder.last.steps == [3, 4]
+    assert (tmp_path / "earlier").read_text() == earlier
+    assert json.loads((workdir / trackers.STATE).read_text())["tensorboard"]["step"] == 4
+
+
+@pytest.mark.parametrize("damaged", ["", "[]", '{"tensorboard": {"id": "0"}}', '{"tensorboard": 1}'])
+def test_a_damaged_record_of_what_was_sent_is_named(workdir, monkeypatch, damaged):
+    monkeypatch.setattr(trackers, "_TensorBoard", Recorder)
+    (workdir / trackers.STATE).write_text(damaged)
+    with pytest.raises(ConfigError, match=f"{trackers.STATE} is damaged; remove it"):
+        send(workdir, "tensorboard")
+
+
 class Broken:
     def __init__(self, *_: object) -> None:
         raise OSError("no network\nat all")
