@@ -264,11 +264,31 @@ def test_long_lists_are_cut(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text",
-    [{"num_hidden_layers": 10**9}, {"hidden_size": "abc"}, {"num_attention_heads": 0}, {"rope_scaling": "linear"}, 5],
+    "change",
+    [
+        {"text_config": {"num_hidden_layers": 10**9}},
+        {"text_config": {"hidden_size": "abc"}},
+        {"text_config": {"hidden_size": 1.5}},
+        {"text_config": {"hidden_size": 10**400}},
+        {"text_config": {"num_attention_heads": 0}},
+        {"text_config": {"num_key_value_heads": -1}},
+        {"text_config": {"hidden_size": 96, "num_attention_heads": 32}},  # heads of three
+        {"text_config": {"rms_norm_eps": [[1]]}},
+        {"text_config": {"rope_theta": float("nan")}},
+        {"text_config": {"rope_theta": 10**400}},
+        {"text_config": {"tie_word_embeddings": 1}},
+        {"text_config": {"rope_scaling": "linear"}},
+        {"text_config": 5},
+        {"audio_config": {"num_mel_bins": [None]}},
+        {"audio_config": {"encoder_ffn_dim": 0}},
+        {"audio_config": {"encoder_attention_heads": 7}},
+        {"audio_config": {"encoder_layers": True}},
+        {"audio_token_index": "<|AUDIO|>"},
+    ],
+    ids=str,
 )
-def test_a_configuration_that_is_none_is_one_line(tmp_path, text):
-    (tmp_path / "config.json").write_text(json.dumps(QWEN | {"text_config": text}))
+def test_a_configuration_that_is_none_is_one_line(tmp_path, change):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN | change))
     with pytest.raises(ConfigError, match=r"config\.json") as caught:
         model_config.load(tmp_path)
     assert "\n" not in str(caught.value)

@@ -11,6 +11,7 @@ from ambijax.errors import ConfigError
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu")  # implemented in layers.py
 LAYERS_MAX = 1000  # more are a mistake of a file, which would be made room for
+MOST = {int: 2**24, float: 1e15}  # of anything else, likewise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +68,22 @@ class Qwen2AudioConfig:
 
 
 def _fields(cls: type, values: dict) -> dict:
-    """The entries of `values` that `cls` knows and that are set."""
-    names = {field.name for field in dataclasses.fields(cls)}
-    return {name: value for name, value in values.items() if name in names and value is not None}
+    """The entries of `values` that `cls` knows and that are set.
+
+    Raises:
+      ConfigError: one is of another type, or no size or number that a model could have.
+    """
+    found = {}
+    for field in dataclasses.fields(cls):
+        kind, value = type(field.default), values.get(field.name)
+        if value is None:
+            continue
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+            raise ConfigError(f"{field.name} is {value!r:.60}, which is no {kind.__name__}")
+        if kind in MOST and not 0 < value <= MOST[kind]:
+            raise ConfigError(f"{field.name} is {value!r:.60}; it must be above 0 and at most {MOST[kind]:g}")
+        found[field.name] = value
+    return found
 
 
 def from_dict(raw: dict) -> Qwen2AudioConfig:
@@ -99,15 +113,21 @@ def from_dict(raw: dict) -> Qwen2AudioConfig:
     known.setdefault("num_attention_heads", TextConfig.num_attention_heads)
     known.setdefault("num_key_value_heads", known["num_attention_heads"])
     known.setdefault("head_dim", known["hidden_size"] // known["num_attention_heads"])
+    heard, token = AudioConfig(**_fields(AudioConfig, audio)), raw.get("audio_token_index") or raw.get("audio_token_id")
     if known["num_attention_heads"] % known["num_key_value_heads"]:
         raise ConfigError("text_config: num_attention_heads must be a multiple of num_key_value_heads")
-    heard = AudioConfig(**_fields(AudioConfig, audio))
+    if known["head_dim"] < 2 or known["head_dim"] % 2:
+        raise ConfigError(f"text_config: a head of width {known['head_dim']} cannot be rotated; it must be even")
+    if heard.d_model % heard.encoder_attention_heads:
+        raise ConfigError("audio_config: d_model must be a multiple of encoder_attention_heads")
+    if token is not None and not isinstance(token, int):
+        raise ConfigError(f"audio_token_index is {token!r:.60}, which is no token")
     if not 1 <= known.get("num_hidden_layers", 1) <= LAYERS_MAX or not 1 <= heard.encoder_layers <= LAYERS_MAX:
         raise ConfigError(f"num_hidden_layers and encoder_layers must be 1 to {LAYERS_MAX}")
     return Qwen2AudioConfig(
         audio=heard,
         text=TextConfig(**known),
-        audio_token=raw.get("audio_token_index") or raw.get("audio_token_id") or Qwen2AudioConfig.audio_token,
+        audio_token=token or Qwen2AudioConfig.audio_token,
     )
 
 
