@@ -34,6 +34,29 @@ def _as_float(typing, bits):
     return types.float32(types.int32), generate
 
 
+@intrinsic
+def _as_bits(typing, x):
+    def generate(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
+
+
+@compiled
+def _in_order(bits):
+    """A float's bits as a whole number, larger for a larger float, and such a number as bits again."""
+    return np.int32(bits ^ (bits >> np.int32(31) & np.int32(0x7FFFFFFF)))
+
+
+@compiled
+def _largest(row):
+    """At least _MASKED; NaN if one is. Whole numbers are compared in vectors, floats would be one after another."""
+    top = _in_order(_as_bits(_MASKED))
+    for j in range(row.shape[0]):
+        top = max(top, _in_order(_as_bits(row[j])))
+    return _as_float(_in_order(top))
+
+
 @compiled
 def _exp(x):
     """Of x <= 0, within 2 units of the last place; 0 where that would not be a normal number. Made into vectors."""
@@ -155,9 +178,7 @@ def _softmax(row, seen):
     """exp(S - max S) in place; returns the largest score and the sum, which is 1 at least."""
     top, total = _MASKED, np.float32(0)
     for s in range(seen.shape[0]):
-        part = row[seen[s, 0] : seen[s, 1]]
-        for j in range(part.shape[0]):
-            top = max(top, part[j])
+        top = max(top, _largest(row[seen[s, 0] : seen[s, 1]]))
     for s in range(seen.shape[0]):
         total += _exp_all(row[seen[s, 0] : seen[s, 1]], top)
     return top, max(total, np.float32(1))  # of a query that sees nothing it would be 0
@@ -310,20 +331,19 @@ def _rotate(new, first, column, cos, sin, scale, to):
 @compiled
 def _prompt_scores(q, keys, exists, scores):
     """Masks the scores, makes those that are no whole vector, and returns the largest."""
-    top, size = _MASKED, scores.shape[0]
+    size = scores.shape[0]
     for j in range(size // WIDTH * WIDTH, size):
         for c in range(q.shape[0]):
             scores[j] += q[c] * keys[c, j]
     for j in range(size):
         scores[j] = scores[j] if exists[j] else _MASKED
-        top = max(top, scores[j])
-    return top
+    return _largest(scores)
 
 
 @compiled
 def _own_scores(q, keys, scores):
     """Of a sequence's own keys, one after another as they lie in memory; returns the largest."""
-    top, size, d = _MASKED, scores.shape[0], q.shape[0]
+    size, d = scores.shape[0], q.shape[0]
     whole = size // WIDTH * WIDTH
     for j in range(0, whole, WIDTH):
         _key_scores(address_of(keys) + 4 * j * d, d, address_of(q), address_of(scores) + 4 * j, d)
@@ -331,6 +351,4 @@ def _own_scores(q, keys, scores):
         scores[j] = 0
         for c in range(d):
             scores[j] += keys[j, c] * q[c]
-    for j in range(size):
-        top = max(top, scores[j])
-    return top
+    return _largest(scores)
