@@ -155,6 +155,24 @@ def matrix(side: Side) -> Step:
     return lambda: jax.block_until_ready([product(x, x) for _ in range(shapes.PRODUCTS)])
 
 
+def products(side: Side) -> Step:
+    """Every product of `shapes.products` once, each counted as often as a step has it."""
+    kinds = list(shapes.products(side.shape).items())
+    draw = lambda *size: jax.random.normal(jax.random.key(0), size, side.model.dtype)  # noqa: E731
+    operands = [(draw(rows, inputs), draw(inputs, outputs)) for (rows, inputs, outputs), _ in kinds]
+    product = jax.jit(jnp.matmul)
+
+    def step() -> dict[str, float]:
+        total = 0.0
+        for (_, count), (x, w) in zip(kinds, operands, strict=True):
+            began = time.perf_counter()
+            product(x, w).block_until_ready()
+            total += count * (time.perf_counter() - began)
+        return {"total": total}
+
+    return step
+
+
 def read(side: Side) -> Step:
     x = jnp.ones(shapes.read_size(jax.default_backend() == "cpu"), jnp.float32)
     total = jax.jit(lambda x: x.sum(axis=1))
@@ -296,6 +314,7 @@ def grpoz_row(side: Side) -> Step:
 
 ROWS = {
     "matrix": matrix,
+    "products": products,
     "read": read,
     "logits": logits,
     "features": features_row,

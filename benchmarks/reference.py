@@ -5,6 +5,7 @@ of the K samples, `generate`, log-probabilities from full logits, one forward an
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,26 @@ def matrix(side: Side) -> Step:
     n = shapes.matrix_size(DEVICE.type == "cpu")
     x = torch.randn((n, n), dtype=getattr(torch, side.shape.dtype), device=DEVICE)
     return lambda: ([x @ x for _ in range(shapes.PRODUCTS)], wait())
+
+
+def products(side: Side) -> Step:
+    """Ours, by torch; into memory that is there already."""
+    kinds = list(shapes.products(side.shape).items())
+    draw = functools.partial(torch.randn, dtype=getattr(torch, side.shape.dtype), device=DEVICE)
+    operands = [(draw(rows, inputs), draw(inputs, outputs)) for (rows, inputs, outputs), _ in kinds]
+    results = [x @ w for x, w in operands]
+
+    def step() -> dict[str, float]:
+        total = 0.0
+        for (_, count), (x, w), y in zip(kinds, operands, results, strict=True):
+            wait()
+            began = time.perf_counter()
+            torch.matmul(x, w, out=y)
+            wait()
+            total += count * (time.perf_counter() - began)
+        return {"total": total}
+
+    return step
 
 
 def read(side: Side) -> Step:
@@ -290,6 +311,7 @@ def grpoz(side: Side) -> Step:
 
 ROWS = {
     "matrix": matrix,
+    "products": products,
     "read": read,
     "logits": logits,
     "features": features_row,

@@ -3,6 +3,7 @@
 B clips of a training step   P prompt tokens   T completion tokens   K samples of a prompt
 """
 
+import collections
 import dataclasses
 import json
 import sys
@@ -160,6 +161,33 @@ def matrix_size(cpu: bool) -> int:
 def read_size(cpu: bool) -> tuple[int, int]:
     """Of the float32 matrix whose rows are summed to measure how fast its memory is read, as decoding reads weights."""
     return (2**13, 2**13) if cpu else (2**16, 2**15)
+
+
+def products(shape: Shape) -> collections.Counter[tuple[int, int, int]]:
+    """How often a GRPOz step multiplies [rows, inputs] with frozen [inputs, outputs], as we cut it; not in decoding.
+
+    Pre-fill, the reference's scores of samples, the update on them and gold: forward, and the gradient by activations,
+    which is a product with the matrix turned around. Of a prompt one token leaves the last layer, the others need keys
+    and values; the head meets completions alone, a slice of time steps at once.
+    """
+    made, h, m, steps, upper = collections.Counter(), shape.hidden, shape.mlp, shape.new_tokens, shape.layers - 1
+    slices = -(-steps // shape.chunk)
+
+    def forward(prompts: int, completions: int, times: int, *, back: bool) -> None:
+        words = prompts * completions * steps
+        rows, leaving = prompts * shape.prompt + words, prompts + words
+        layers = [(rows, h, h, 4 * upper + 2), (rows, h, m, 2 * upper), (rows, m, h, upper)]
+        last = [(leaving, h, h, 2), (leaving, h, m, 2), (leaving, m, h, 1)]
+        head = [(words // slices, h, shape.vocabulary, slices)] * bool(words)
+        for count, inputs, outputs, n in layers + last + head:
+            made[count, inputs, outputs] += n * times
+            made[count, outputs, inputs] += n * times * back
+
+    together = shape.micro_batch or shape.clips
+    forward(shape.clips, 0, 1, back=False)
+    forward(shape.clips, shape.samples, 1, back=False)
+    forward(together, shape.samples + 1, shape.clips // together, back=True)
+    return +made
 
 
 def clips(shape: Shape, count: int) -> list[np.ndarray]:

@@ -1,8 +1,10 @@
 """What benchmarks/ writes down: a page says what its results say, and each machine's stay its own."""
 
+import collections
 import copy
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -54,9 +56,16 @@ def test_the_limit_of_grpoz_by_hand():
         **dict.fromkeys(("hidden", "mlp", "layers", "vocabulary", "clips"), 1),
         **{"prompt": 10, "samples": 2, "new_tokens": 3},
     )
-    prefill = 2 * 7 * 10
-    score = 2 * (7 * (10 + 6) + 6)  # the head on completions alone
-    update = 4 * (7 * (10 + 9) + 9)
-    assert table._products_of_grpoz(shape) == prefill + score + update
+    prefill = 2 * (2 * 10 + 5 * 1)  # keys and values of all, the rest of one token
+    score = 2 * (2 * 16 + 5 * 7 + 6)  # the head on completions alone
+    update = 4 * (2 * 19 + 5 * 10 + 9)
+    made = shapes.products(shape)
+    assert sum(2 * math.prod(size) * n for size, n in made.items()) == prefill + score + update
+    prefill_and_score = {(10, 1, 1): 2, (1, 1, 1): 5, (16, 1, 1): 2, (7, 1, 1): 5, (6, 1, 1): 1}
+    update_alone = {(19, 1, 1): 4, (10, 1, 1): 10, (9, 1, 1): 2}
+    assert made == collections.Counter(prefill_and_score) + collections.Counter(update_alone)
+    deeper = shapes.products(dataclasses.replace(shape, layers=3, micro_batch=1, clips=2, chunk=1))
+    assert deeper[19, 1, 1] == 2 * 2 * (2 * 7 + 2)  # of each prompt by itself, in both directions
+    assert deeper[3, 1, 1] == 2 * 2 * 3  # the update's head, a time step at once
     # Three tokens, each: eight weights, a key and a value of the prompt's ten and of half of the six to be written.
     assert table._bytes_of_decoding(shape) == 3 * 4 * (8 + 2 * (10 + 3))
