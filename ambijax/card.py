@@ -4,7 +4,6 @@ Everything in it is read from the run: config.json, the corpus' own description,
 """
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import ambijax
 from ambijax import assemble, prompt
 from ambijax.errors import DataError
 from ambijax.evaluate import COLUMNS
+from ambijax.workdir import read_object
 
 PAPER = "Disentangling Reasoning in Large Audio-Language Models for Ambiguous Emotion Prediction"
 CITATION = """@inproceedings{yu2026disentangling,
@@ -123,8 +123,7 @@ def _corpus_description(config: FrozenConfigDict) -> str:
     """What the corpus says of itself, where it is at hand."""
     if config.data.corpus == "synthetic":
         return "Synthetic speech of the tiny lab of ambijax, with simulated listeners: no person was recorded."
-    path = Path(config.data.root) / "corpus.json"
-    text = _object(path).get("description") if path.is_file() else ""
+    text = read_object(Path(config.data.root) / "corpus.json").get("description")
     return str(text or f"A corpus called {Path(config.data.root).name}, with listeners' votes.")
 
 
@@ -153,7 +152,7 @@ def _metrics(about: About) -> str:
         title: about.run / "eval" / name / "summary.json"
         for title, name in {"base": "test-base", "these weights": "test"}.items()
     }
-    summaries = {title: _object(path) for title, path in files.items() if path.is_file()}
+    summaries = {title: read_object(path) for title, path in files.items() if path.is_file()}
     if "these weights" not in summaries:
         return "Not evaluated: `python -m ambijax.evaluate --run RUN` before the export fills this in."
     chosen = about.best and about.config.eval.checkpoint == "last"  # here, and not by the run, which tested its last
@@ -175,17 +174,6 @@ def _metrics(about: About) -> str:
         "bootstrap intervals."
     )
     return "\n".join([note, "", f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|", *rows])
-
-
-def _object(path: Path) -> dict:
-    """The JSON object in a file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: expected a JSON object, got {type(found).__name__}")
-    return found
 
 
 def _cell(summary: dict, key: str) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import socket
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from absl import logging
 
-from ambijax.errors import ConfigError
+from ambijax.errors import ConfigError, DataError
 
 
 def check_writable(directory: Path) -> None:
@@ -40,6 +41,23 @@ def replace(path: Path, text: str) -> None:
         partial.replace(path)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in a file, which may be somebody else's; {} where there is no such file.
+
+    Raises:
+      DataError: there is something else in it.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
 
 
 @contextlib.contextmanager

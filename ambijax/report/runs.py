@@ -18,6 +18,7 @@ from ml_collections import FrozenConfigDict
 from ambijax import manifest, metrics, settings
 from ambijax.errors import AmbijaxError, ConfigError, DataError
 from ambijax.train import algorithm_title
+from ambijax.workdir import read_object
 
 BASE = "base"
 _NUMBERS = ("js", "format", "forced", "tokens")  # fields of a prediction that must be one
@@ -140,11 +141,11 @@ def _run(directory: Path, split: str) -> Run:
     k = len(labels)
     # Of its own corpus the settings know more than the evaluation, which may have been made on another machine.
     own = split.split("-")[0] in manifest.SPLITS
-    root = config.data.root if own else str(_object(summary).get("root", config.data.root))
-    environment = _object(directory / "env.json")
+    root = config.data.root if own else str(read_object(summary).get("root", config.data.root))
+    environment = read_object(directory / "env.json")
     return Run(
         directory=directory,
-        title=_title(directory, config, _object(summary)),
+        title=_title(directory, config, read_object(summary)),
         config=config,
         environment=environment,
         curves=[_numbers(line) for _, line in _lines(directory / "metrics.jsonl") if finite(line.get("step"))],
@@ -168,7 +169,7 @@ def _numbers(line: dict) -> dict[str, float]:
 
 def _labels(summary: Path, config: FrozenConfigDict) -> tuple[str, ...]:
     """The classes an evaluation was read out over."""
-    labels = _object(summary).get("labels", list(config.data.labels))
+    labels = read_object(summary).get("labels", list(config.data.labels))
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels) or len(labels) < 2:
         raise DataError(f"{summary}: labels must be two class words or more, got {labels!r:.60}")
     return tuple(labels)
@@ -176,25 +177,12 @@ def _labels(summary: Path, config: FrozenConfigDict) -> tuple[str, ...]:
 
 def _bounds(summary: Path) -> dict[str, dict[str, float]]:
     """The rows of an evaluation that need no model; {} where it has none."""
-    rows = _object(summary).get("bounds", {})
+    rows = read_object(summary).get("bounds", {})
     if not isinstance(rows, dict) or not all(
         isinstance(row, dict) and all(finite(value) for value in row.values()) for row in rows.values()
     ):
         raise DataError(f"{summary}: bounds must be rows of numbers; evaluate the run again")
     return rows
-
-
-def _object(path: Path) -> dict:
-    """The JSON object in a file; {} where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: expected a JSON object, got {type(found).__name__}")
-    return found
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict]]:
