@@ -80,8 +80,7 @@ class Side:
         c.data.max_tokens = self.shape.new_tokens
         if "grpo" in c:
             c.grpo.samples = self.shape.samples
-            divides = self.shape.micro_batch and self.shape.clips % self.shape.micro_batch == 0
-            c.optim.micro_batch = self.shape.micro_batch if divides else 0
+            c.optim.micro_batch = self.shape.together % self.shape.clips  # 0 is all
         return Timed(self.model, VOCABULARY, self.mesh, FrozenConfigDict(c))
 
     def mels(self, count: int) -> list[data.Sound]:
@@ -152,7 +151,7 @@ def matrix(side: Side) -> Step:
     n = shapes.matrix_size(jax.default_backend() == "cpu")
     x = jax.random.normal(jax.random.key(0), (n, n), side.model.dtype)  # ones would be faster: fewer bits change
     product = jax.jit(jnp.matmul)
-    return lambda: jax.block_until_ready([product(x, x) for _ in range(shapes.PRODUCTS)])
+    return lambda: jax.block_until_ready([product(x, x) for _ in range(shapes.SQUARES)])
 
 
 def products(side: Side) -> Step:

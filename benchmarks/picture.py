@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ambijax.report import style
-from benchmarks import table
+from benchmarks import shapes, table
 from benchmarks.compare import ROOT
 
 RESULTS = ROOT / "docs" / "benchmarks" / "67m.json"
@@ -24,15 +24,7 @@ TITLES = {  # rows shown, and their targets
     "rollout": ("roll-out", 5),
     "grpoz": ("GRPOz", 5),
 }
-SHAPES = {  # of TITLES' rows, changes of the preset's, in the order shown
-    (): "",
-    (("seconds", 2.0), ("prompt", 130)): "clips of 2 s",
-    (("seconds", 12.0), ("prompt", 380)): "clips of 12 s",
-    (("new_tokens", 64),): "64 tokens",
-    (("new_tokens", 512),): "512 tokens",
-    (("samples", 2),): "K = 2",
-    (("samples", 16),): "K = 16",
-}
+CHANGES = {"seconds": "clips of {:g} s", "new_tokens": "{} tokens", "samples": "K = {}"}  # of the preset's shape
 
 
 def main() -> None:
@@ -47,7 +39,8 @@ def draw(axes: Axes, results: list[dict]) -> None:
     """A line for each row and shape: the median of every machine, from p10 to p90."""
     found = {(r["row"], tuple(r["change"].items()), table.machine(r)): r["ratio"] for r in results}
     machines = list(dict.fromkeys(machine for _, _, machine in found))
-    lines = [(row, shape) for row in TITLES for shape in SHAPES if any((row, shape, m) in found for m in machines)]
+    changes = [tuple(change.items()) for change in ({}, *shapes.SWEEP)]
+    lines = [(row, change) for row in TITLES for change in changes if any((row, change, m) in found for m in machines)]
     for i, machine in enumerate(machines):
         shown = [(y, found[(*line, machine)]) for y, line in enumerate(lines) if (*line, machine) in found]
         heights = [y + 0.3 * (i - (len(machines) - 1) / 2) for y, _ in shown]
@@ -57,7 +50,8 @@ def draw(axes: Axes, results: list[dict]) -> None:
     targets = [(y, TITLES[row][1]) for y, (row, _) in enumerate(lines) if TITLES[row][1]]
     ends = [[y + side for y, _ in targets] for side in (-0.45, 0.45)]
     axes.vlines([target for _, target in targets], *ends, style.MUTED, "dashed", linewidth=1, label="target")
-    names = [", ".join(filter(None, (TITLES[row][0], SHAPES[shape]))) for row, shape in lines]
+    spelled = ([CHANGES[name].format(value) for name, value in change if name in CHANGES] for _, change in lines)
+    names = [", ".join([TITLES[row][0], *words]) for (row, _), words in zip(lines, spelled, strict=True)]
     axes.set_yticks(range(len(lines)), names)
     axes.set(xlim=(0, None), ylim=(len(lines) - 0.4, -0.6), xlabel="times the speed of transformers + PEFT")
     style.tidy(axes, grid="x")

@@ -120,7 +120,7 @@ class Side:
 def matrix(side: Side) -> Step:
     n = shapes.matrix_size(DEVICE.type == "cpu")
     x = torch.randn((n, n), dtype=getattr(torch, side.shape.dtype), device=DEVICE)
-    return lambda: ([x @ x for _ in range(shapes.PRODUCTS)], wait())
+    return lambda: ([x @ x for _ in range(shapes.SQUARES)], wait())
 
 
 def products(side: Side) -> Step:

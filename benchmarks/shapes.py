@@ -54,6 +54,12 @@ class Shape:
         return audio.tokens(audio.mel_frames(round(self.seconds * audio.SAMPLE_RATE)))
 
     @property
+    def together(self) -> int:
+        """Prompts of an RL update whose gradient is formed at once."""
+        divides = self.micro_batch and self.clips % self.micro_batch == 0
+        return self.micro_batch if divides else self.clips
+
+    @property
     def config(self) -> dict:
         """The Hugging Face config.json."""
         return {
@@ -150,7 +156,7 @@ SWEEP = (
 )
 
 
-PRODUCTS = 8  # of a step of the row that measures a device's rate: one alone would measure its start, too
+SQUARES = 8  # products of a step of the row `matrix`: one alone would measure its start, too
 
 
 def matrix_size(cpu: bool) -> int:
@@ -183,10 +189,9 @@ def products(shape: Shape) -> collections.Counter[tuple[int, int, int]]:
             made[count, inputs, outputs] += n * times
             made[count, outputs, inputs] += n * times * back
 
-    together = shape.micro_batch or shape.clips
     forward(shape.clips, 0, 1, back=False)
     forward(shape.clips, shape.samples, 1, back=False)
-    forward(together, shape.samples + 1, shape.clips // together, back=True)
+    forward(shape.together, shape.samples + 1, shape.clips // shape.together, back=True)
     return +made
 
 

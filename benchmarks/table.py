@@ -3,7 +3,7 @@
 import math
 
 from benchmarks import shapes
-from benchmarks.shapes import PRODUCTS, Shape, matrix_size, read_size
+from benchmarks.shapes import SQUARES, Shape, matrix_size, read_size
 
 TITLES = {
     "matrix": "eight matrix products (the device's rate)",
@@ -175,7 +175,7 @@ def _rate(by_row: dict[str, dict]) -> float | None:
     if "matrix" not in by_row:
         return None
     n = matrix_size(by_row["matrix"]["hardware"]["gpu"] is None)
-    return 2 * PRODUCTS * n**3 / _faster(by_row["matrix"])
+    return 2 * SQUARES * n**3 / _faster(by_row["matrix"])
 
 
 def _bandwidth(by_row: dict[str, dict]) -> float | None:
