@@ -36,6 +36,7 @@ from ambijax import (
     manifest,
     metrics,
     predictions,
+    rules,
     settings,
     significance,
     slices,
@@ -321,6 +322,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     args, rest = parser.parse_known_args()
     controls = args.controls or [None]
     args.control = controls[0]
+    drawn = rules.RULES["grpo.temperature"]
     wrong = [
         (bool(args.run) == bool(args.checkpoint), "give either --run or --checkpoint"),
         (bool(args.run and rest), f"unknown argument {' '.join(rest)}; a run brings its own config"),
@@ -332,7 +334,8 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
             bool(args.corpus) and args.fold is None and args.split != "test",
             f"--split={args.split} of another corpus needs --fold; without it all of the corpus is the test split",
         ),
-        (args.samples < 1 or args.temperature < 0, "--samples must be at least 1 and --temperature not negative"),
+        (args.samples < 1, "--samples must be at least 1"),
+        (args.temperature != 0 and not drawn.holds(args.temperature), f"--temperature must be 0 or {drawn.what}"),
         (
             args.samples > 1 and args.temperature == 0,
             "--samples needs a --temperature: greedy samples are all the same",

@@ -50,6 +50,10 @@ _SETTINGS = {  # what each of them is in a run
     **{"style": "prompt.style", "temperature": "readout.temperature"},
     **{"batch_size": "eval.batch_size", "dtype": "model.dtype"},
 }
+_OPTIONS = {  # which setting of a run is held to the same bounds
+    **{"batch_size": "eval.batch_size", "samples": "dpo.samples"},
+    **{"temperature": "grpo.temperature", "seed": "seed"},
+}
 _NO_LORA = LoraConfig(rank=1, alpha=1.0, dropout=0.0, audio_tower=False)  # of a model without adapters: unused
 _MESH = {"data": 1, "fsdp": -1, "tensor": 1}  # all devices that are here, whatever it was trained on
 _CHUNK = 32  # positions per slice of vocabulary logits, where class words of several tokens are scored; bounds memory
@@ -97,15 +101,15 @@ class Model:
           a prediction for one clip, a list for a list.
 
         Raises:
+          ConfigError: an option is out of bounds, or transcripts are not as many as clips.
           DataError: a clip cannot be heard; names it.
         """
         if isinstance(clips, str | Path | np.ndarray):
             alone = None if transcripts is None else [transcripts]
             options = {"batch_size": batch_size, "samples": samples, "temperature": temperature, "seed": seed}
             return self.predict([clips], alone, **options)[0]
+        check(batch_size=batch_size, samples=samples, temperature=temperature, seed=seed)
         size = batch_size or self.setting.config.eval.batch_size
-        if size < 1 or samples < 1:
-            raise ConfigError(f"batch_size={batch_size} and samples={samples} must be at least 1")
         transcripts = [""] * len(clips) if transcripts is None else transcripts
         if isinstance(transcripts, str) or len(transcripts) != len(clips):
             raise ConfigError(f"{len(transcripts)} transcripts for {len(clips)} clips; give one each, or none")
@@ -186,6 +190,19 @@ class Model:
             entropy=float(metrics.entropy(mean)),
             forced=bool(forced[0]),
         )
+
+
+def check(*, batch_size: int | None, samples: int, temperature: float, seed: int) -> None:
+    """Whether `Model.predict` can be asked with these, before there is a model.
+
+    Raises:
+      ConfigError: one of them is out of bounds.
+    """
+    told = {"samples": int(samples), "temperature": float(temperature), "seed": int(seed)}
+    told |= {} if batch_size is None else {"batch_size": int(batch_size)}
+    held = {key: rules.RULES[setting] for key, setting in _OPTIONS.items() if key in told}
+    if wrong := [f"{key}={told[key]} must be {rule.what}" for key, rule in held.items() if not rule.holds(told[key])]:
+        raise ConfigError("; ".join(wrong))
 
 
 def load(

@@ -136,13 +136,14 @@ def main() -> None:
     if args.out and not args.out.parent.is_dir():
         raise ConfigError(f"--out {args.out}: there is no directory {args.out.parent}")
     columns = tuple(args.columns.split(",")) if args.columns else None
-    if (columns and len(columns) != 2) or args.samples < 1 or (args.batch_size or 1) < 1 or args.temperature <= 0:
-        raise ConfigError("--columns names two; --samples, --batch_size and --temperature are positive")
+    if columns and len(columns) != 2:
+        raise ConfigError(f"--columns={args.columns} must name two, of paths and of transcripts")
+    options = {key: getattr(args, key) for key in ("batch_size", "samples", "temperature", "seed")}
+    listener.check(**options)
     labels = emotions.classes(args.labels) if args.labels else None
     clips = _clips(args.clips, columns, args.transcript)
     compilation.keep()
     model = listener.load(args.model, base=args.base, labels=labels, checkpoint=args.checkpoint)
-    options = {key: getattr(args, key) for key in ("batch_size", "samples", "temperature", "seed")}
     printed = contextlib.nullcontext(functools.partial(_print, as_json=args.json))
     bad = 0
     with _file(args.out, model.setting.vocabulary.labels) if args.out else printed as write:

@@ -318,6 +318,8 @@ def test_a_corpus_is_read_out_over_the_classes_that_both_share(tmp_path):
         (["--run=r", "--fold=1"], "--fold belongs to --corpus"),
         (["--run=r", "--corpus=c", "--split=dev"], "needs --fold"),
         (["--run=r", "--samples=4"], "needs a --temperature"),
+        (["--run=r", "--samples=4", "--temperature=nan"], "must be 0 or a number from"),
+        (["--run=r", "--temperature=-1"], "must be 0 or a number from"),
         (["--run=r", "--split=dev", "--calibrate"], "fits on dev"),
         (["--run=r", "--swap_audio", "--shuffle_cot"], "one control at a time"),
         (["--run=no/such/run"], "not a run directory"),

@@ -275,7 +275,11 @@ def test_mistakes_get_one_line(run, clips, tmp_path, monkeypatch, capsys):
         (["--model", run, clips[0], "--out", tmp_path / "there.csv"], "that does not exist yet"),
         (["--model", run, clips[0], "--out", tmp_path / "x.txt"], "must be a .csv or .jsonl file"),
         (["--model", run, clips[0], "--transcript", "a", "--transcript", "b"], "2 transcripts for 1 clips"),
-        (["--model", run, clips[0], "--samples", "0"], "are positive"),
+        (["--model", tmp_path, clips[0], "--samples", "0"], "samples=0 must be a whole number from 1"),
+        (["--model", tmp_path, clips[0], "--samples", "2", "--temperature", "nan"], "temperature=nan must be a number"),
+        (["--model", tmp_path, clips[0], "--samples", "2", "--temperature", "-1"], "temperature=-1.0 must be a number"),
+        (["--model", tmp_path, clips[0], "--seed", str(2**40)], "must be a whole number from 0 to 2147483647"),
+        (["--model", tmp_path, clips[0], "--columns", "audio"], "must name two"),
         (["--model", run, clips[0], "--out", tmp_path / "no/x.csv"], "there is no directory"),
         (["--model", tmp_path, clips[0]], "no run directory, export or checkpoint"),
         (["--model", run, "-"], "the list is empty"),
@@ -299,8 +303,8 @@ def test_a_clip_in_memory_is_guarded(model):
     sound = 0.1 * np.random.default_rng(0).standard_normal(16000)
     with pytest.raises(ConfigError, match="2 transcripts for 1 clips"):
         model.predict([sound], ["a", "b"])
-    for wrong in ({"batch_size": -1}, {"samples": 0}):
-        with pytest.raises(ConfigError, match="must be at least 1"):
+    for wrong in ({"batch_size": -1}, {"samples": 0}, {"samples": 2, "temperature": np.inf}, {"seed": -1}):
+        with pytest.raises(ConfigError, match=f"{[*wrong][-1]}=.* must be a .*number from"):
             model.predict([sound], **wrong)
     with pytest.raises(ConfigError, match="must be a list of class words"):
         ambijax.load(trained.TINY, labels="anger,fear")
