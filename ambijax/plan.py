@@ -35,6 +35,7 @@ PUBLISHED = {  # Qwen2-Audio-7B-Instruct's config.json, as far as it differs fro
     "text_config": {"vocab_size": 156032, "intermediate_size": 11008, "rms_norm_eps": 1e-5},
 }
 TEXT = 96  # prompt tokens beside the audio: the longest prompt of CREMA-D with its instruction has 87
+TEXT_MAX = 2**14  # no dialog is longer; XLA ends the process over arrays whose size it cannot count
 SWEPT = {"sft": (), "dpo": ("dpo.samples",), "grpo": ("grpo.samples",), "grpoz": ("grpo.samples",)}
 
 
@@ -319,8 +320,8 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     args = parser.parse_args([a for a in sys.argv[1:] if not a.startswith("--config.")])
     if args.window and not rules.RULES["data.windows"].holds([args.window]):
         raise ConfigError(f"--window={args.window} must be an even number of mel frames up to 3000")
-    if args.text < 1:
-        raise ConfigError(f"--text={args.text} must be 1 or more")
+    if not 1 <= args.text <= TEXT_MAX:
+        raise ConfigError(f"--text={args.text} must be a number of tokens from 1 to {TEXT_MAX}")
     return args, overrides
 
 

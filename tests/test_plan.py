@@ -381,6 +381,13 @@ def test_a_mesh_that_does_not_fit_is_named_before_anything_is_compiled(keys, mes
         plan.run(case)
 
 
+@pytest.mark.parametrize("sizes", ["--window=-2", "--window=255", "--window=3002", "--text=0", "--text=99999999"])
+def test_sizes_that_no_prompt_has_are_named(sizes, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["plan", "--config", "configs/sft.py:tiny", f"--cache={tmp_path}", sizes])
+    with pytest.raises(ConfigError, match=f"{sizes} must be"):
+        plan.main()
+
+
 ASSIGNMENT = """BufferAssignment:
 allocation 0: size 131072, page 0, output shape is |bf16[128,512]|, maybe-live-out:
  value: <22 fusion @0> (size=131072,offset=0): bf16[128,512]{1,0:T(8,128)(2,1)}
