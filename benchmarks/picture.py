@@ -38,7 +38,7 @@ def main() -> None:
 def draw(axes: Axes, results: list[dict]) -> None:
     """A line for each row and shape: the median of every machine, from p10 to p90."""
     found = {(r["row"], tuple(r["change"].items()), table.machine(r)): r["ratio"] for r in results}
-    machines = list(dict.fromkeys(machine for _, _, machine in found))
+    machines = sorted({machine for _, _, machine in found})
     changes = [tuple(change.items()) for change in ({}, *shapes.SWEEP)]
     lines = [(row, change) for row in TITLES for change in changes if any((row, change, m) in found for m in machines)]
     for i, machine in enumerate(machines):

@@ -52,7 +52,7 @@ def markdown(preset: str, results: list[dict]) -> str:
         f"`python benchmarks/compare.py --preset {preset}`; what is compared is in [README.md](README.md). "
         f"Commits are in `{preset}.json`.\n"
     )
-    for device in dict.fromkeys(map(machine, results)):
+    for device in sorted(set(map(machine, results))):
         text += _section(device, [r for r in results if machine(r) == device])
     return text
 
