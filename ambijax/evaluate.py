@@ -322,7 +322,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     args, rest = parser.parse_known_args()
     controls = args.controls or [None]
     args.control = controls[0]
-    drawn = rules.RULES["grpo.temperature"]
+    drawn = rules.RULES["dpo.temperature"]
     wrong = [
         (bool(args.run) == bool(args.checkpoint), "give either --run or --checkpoint"),
         (bool(args.run and rest), f"unknown argument {' '.join(rest)}; a run brings its own config"),

@@ -50,9 +50,9 @@ _SETTINGS = {  # what each of them is in a run
     **{"style": "prompt.style", "temperature": "readout.temperature"},
     **{"batch_size": "eval.batch_size", "dtype": "model.dtype"},
 }
-_OPTIONS = {  # which setting of a run is held to the same bounds
+_OPTIONS = {  # of a prediction, each held to the bounds of a run's setting
     **{"batch_size": "eval.batch_size", "samples": "dpo.samples"},
-    **{"temperature": "grpo.temperature", "seed": "seed"},
+    **{"temperature": "dpo.temperature", "seed": "seed"},
 }
 _NO_LORA = LoraConfig(rank=1, alpha=1.0, dropout=0.0, audio_tower=False)  # of a model without adapters: unused
 _MESH = {"data": 1, "fsdp": -1, "tensor": 1}  # all devices that are here, whatever it was trained on
@@ -198,9 +198,12 @@ def check(*, batch_size: int | None, samples: int, temperature: float, seed: int
     Raises:
       ConfigError: one of them is out of bounds.
     """
-    told = {"samples": int(samples), "temperature": float(temperature), "seed": int(seed)}
-    told |= {} if batch_size is None else {"batch_size": int(batch_size)}
-    held = {key: rules.RULES[setting] for key, setting in _OPTIONS.items() if key in told}
+    told = {"samples": int(samples), "seed": int(seed)}
+    if batch_size is not None:
+        told["batch_size"] = int(batch_size)
+    if samples > 1:  # one is not drawn
+        told["temperature"] = float(temperature)
+    held = {key: rules.RULES[_OPTIONS[key]] for key in told}
     if wrong := [f"{key}={told[key]} must be {rule.what}" for key, rule in held.items() if not rule.holds(told[key])]:
         raise ConfigError("; ".join(wrong))
 

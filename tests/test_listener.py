@@ -306,6 +306,7 @@ def test_a_clip_in_memory_is_guarded(model):
     for wrong in ({"batch_size": -1}, {"samples": 0}, {"samples": 2, "temperature": np.inf}, {"seed": -1}):
         with pytest.raises(ConfigError, match=f"{[*wrong][-1]}=.* must be a .*number from"):
             model.predict([sound], **wrong)
+    assert model.predict(sound, temperature=0.0) == model.predict(sound)  # nothing is drawn
     with pytest.raises(ConfigError, match="must be a list of class words"):
         ambijax.load(trained.TINY, labels="anger,fear")
 
