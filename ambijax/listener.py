@@ -198,14 +198,20 @@ def check(*, batch_size: int | None, samples: int, temperature: float, seed: int
     Raises:
       ConfigError: one of them is out of bounds.
     """
-    told = {"samples": int(samples), "seed": int(seed)}
+    told = {"samples": samples, "seed": seed}
     if batch_size is not None:
-        told["batch_size"] = int(batch_size)
+        told["batch_size"] = batch_size
     if samples > 1:  # one is not drawn
-        told["temperature"] = float(temperature)
-    held = {key: rules.RULES[_OPTIONS[key]] for key in told}
-    if wrong := [f"{key}={told[key]} must be {rule.what}" for key, rule in held.items() if not rule.holds(told[key])]:
-        raise ConfigError("; ".join(wrong))
+        told["temperature"] = temperature
+    told = {key: value.item() if isinstance(value, np.generic) else value for key, value in told.items()}
+    if wrong := _out_of_bounds(told, {key: _OPTIONS[key] for key in told}):
+        raise ConfigError(wrong)
+
+
+def _out_of_bounds(told: dict, names: dict[str, str]) -> str:
+    """What is wrong with values that are held to the bounds of settings of these names; '' if nothing."""
+    held = {key: rules.RULES[setting] for key, setting in names.items()}
+    return "; ".join(f"{key}={told[key]!r:.60} must be {r.what}" for key, r in held.items() if not r.holds(told[key]))
 
 
 def load(
@@ -305,9 +311,8 @@ def _told(directory: Path, labels: Sequence[str] | None) -> dict:
     if not labels:
         raise ConfigError(f"{directory} does not say which emotions to choose from; name them with labels")
     told |= {"labels": tuple(labels) if isinstance(labels, list) else labels}
-    held = {key: rules.RULES[setting] for key, setting in _SETTINGS.items()}
-    if wrong := [f"{key}={told[key]!r:.60} must be {r.what}" for key, r in held.items() if not r.holds(told[key])]:
-        raise ConfigError(f"{directory / ABOUT}: {'; '.join(wrong)}")
+    if wrong := _out_of_bounds(told, _SETTINGS):
+        raise ConfigError(f"{directory / ABOUT}: {wrong}")
     return told
 
 

@@ -303,7 +303,13 @@ def test_a_clip_in_memory_is_guarded(model):
     sound = 0.1 * np.random.default_rng(0).standard_normal(16000)
     with pytest.raises(ConfigError, match="2 transcripts for 1 clips"):
         model.predict([sound], ["a", "b"])
-    for wrong in ({"batch_size": -1}, {"samples": 0}, {"samples": 2, "temperature": np.inf}, {"seed": -1}):
+    for wrong in (
+        {"batch_size": -1},
+        {"samples": 0},
+        {"samples": 2.5},
+        {"samples": 2, "temperature": np.inf},
+        {"seed": -1},
+    ):
         with pytest.raises(ConfigError, match=f"{[*wrong][-1]}=.* must be a .*number from"):
             model.predict([sound], **wrong)
     assert model.predict(sound, temperature=0.0) == model.predict(sound)  # nothing is drawn
