@@ -69,6 +69,7 @@ def _negatives(
     how: str, js: np.ndarray, tau: float, key: jax.Array, example: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which roll-outs are rejected: indices [B, R] and whether each is bad enough [B, R]."""
+    js = np.where(np.isnan(js), -1, js)  # argmax would prefer a read-out that is no number
     if how == "all":
         chosen = np.broadcast_to(np.arange(js.shape[1]), js.shape)
     elif how == "worst":
@@ -117,7 +118,7 @@ def collect_group(
     advantages = rewards.group_advantages(
         reward, gold_reward, scale=c.scale, ddof=c.ddof, eps=c.eps, min_std=c.min_std, gold_adv_clip=c.gold_adv_clip
     )
-    collected = _group(setting, variables, batch.prompt, placed, completions, loss_mask, advantages)
+    collected = _group(setting, variables, batch.prompt, placed, completions, rolled.logp, loss_mask, advantages)
     spread = rewards.group_std(reward, c.ddof)
     measured = judged.metrics() | {
         "reward/mean": reward.mean(),
@@ -158,6 +159,7 @@ def _group(
     asked: Prompt,
     placed: Batch,
     completions: Completions,
+    logp_drawn: np.ndarray,
     loss_mask: np.ndarray,
     advantages: np.ndarray,
 ) -> Group:
@@ -165,6 +167,7 @@ def _group(
     c = setting.config.grpo
     sampled = np.arange(advantages.shape[1]) < np.full((len(advantages), 1), c.samples)
     host = {"loss_mask": loss_mask, "advantages": advantages.astype(np.float32), "sampled": sampled}
+    host["logp_drawn"] = logp_drawn
     on_device = sharding.place(setting.pack(asked, completions), setting.mesh)
     without_gold = jax.tree.map(lambda x: x[:, : c.samples], completions)
     logp_old, logp_ref = sharding.place(
@@ -204,21 +207,24 @@ def group_loss(setting: Setting, variables: dict, collected: Group, rngs: dict) 
     # With one update a batch the policy that sampled is the one being updated: the ratio is exactly one.
     old = collected.logp_old if c.grpo.updates > 1 else jax.lax.stop_gradient(scores.logp)
     per_token = losses.grpo(scores.logp, old, collected.advantages, c.grpo.eps_low, c.grpo.eps_high)
-    mean = functools.partial(losses.masked_mean, mask=collected.loss_mask, axis=(-2, -1))
-    aux = {"entropy": mean(scores.entropy)}
+    k = c.grpo.samples  # gold, which nobody sampled, is in none of the means below
+    mean = functools.partial(losses.masked_mean, mask=collected.loss_mask[:, :k], axis=(-2, -1))
+    aux = {"entropy": mean(scores.entropy[:, :k]), "logp_gap": mean(jnp.abs(old[:, :k] - collected.logp_drawn))}
+    if c.grpo.updates > 1:
+        rho = jnp.exp(scores.logp - old)[:, :k]
+        aux["clipped"] = mean((rho < 1 - c.grpo.eps_low) | (rho > 1 + c.grpo.eps_high))
     if c.grpo.gold_gamma > 0:
         shaped = losses.shaped_imitation(scores.logp, collected.advantages, c.grpo.gold_gamma)
         per_token = jnp.where(collected.sampled[..., None], per_token, shaped)
     if c.grpo.beta_kl > 0:
-        k3 = losses.k3(scores.logp[:, : c.grpo.samples], collected.logp_ref)
-        to_reference = jnp.pad(k3, ((0, 0), (0, scores.logp.shape[1] - c.grpo.samples), (0, 0)))  # none for gold
-        aux["kl_to_reference"] = mean(to_reference)
-        per_token += c.grpo.beta_kl * to_reference
+        k3 = losses.k3(scores.logp[:, :k], collected.logp_ref)
+        aux["kl_to_reference"] = mean(k3)
+        per_token += c.grpo.beta_kl * jnp.pad(k3, ((0, 0), (0, per_token.shape[1] - k), (0, 0)))
     loss = losses.aggregate(
         per_token, collected.loss_mask, c.grpo.aggregate, tokens=collected.tokens, max_length=c.data.max_tokens
     )
     aux["loss/surrogate"] = loss
-    if collected.completions.tokens.shape[1] > c.grpo.samples:  # gold is the last of the group
+    if collected.completions.tokens.shape[1] > k:  # gold is the last of the group
         kl = setting.soft_label_kl(collected.target, scores.readout[:, -1])
         ce = losses.cross_entropy(scores.logp[:, -1:], collected.ce_mask)[:, 0]
         aux |= {"loss/kl": kl, "loss/gold_ce": ce}

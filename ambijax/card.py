@@ -140,10 +140,20 @@ def _training(about: About) -> str:
         "updates": f"{about.step} of {c.steps}" + ", the best on dev" * about.best,
         "batch": f"{c.data.batch_size} prompts",
         "learning rate": f"{c.optim.learning_rate:g}, warm-up {c.optim.warmup:g}, then cosine",
-        "loss weights": f"CE {c.loss.lambda_ce:g}, KL {c.loss.lambda_kl:g}",
+        "loss weights": _weights(c),
         "seed": c.seed,
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _weights(config: FrozenConfigDict) -> str:
+    """What stands beside the preferences of DPO and the surrogate of GRPO, or is all of SFT's loss."""
+    if config.algorithm == "grpo":
+        return f"KL to the base {config.grpo.beta_kl:g}"
+    kl = f"KL to the votes {config.loss.lambda_kl:g}"
+    if config.algorithm == "grpoz":
+        return f"KL to the base {config.grpo.beta_kl:g}, {kl}, CE of curated reasoning {config.grpo.gold_ce:g}"
+    return f"CE of curated reasoning {config.loss.lambda_ce:g}, {kl}"
 
 
 def _metrics(about: About) -> str:

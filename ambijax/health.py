@@ -1,17 +1,21 @@
 """What must be said about a run while it trains: updates that were skipped, and roll-outs that teach nothing."""
 
+import math
+
 import jax
 from absl import logging
 from ml_collections import FrozenConfigDict
 
 from ambijax.errors import NonFiniteError
 from ambijax.journal import Log
+from ambijax.update import updates
 
 # Metric of a roll-out, where it goes wrong, the threshold's key in config.warn, what it means.
 _COLLAPSES = (
-    ("reward/degenerate", "above", "degenerate", "groups whose rewards are all alike give no gradient"),
+    ("reward/degenerate", "above", "degenerate", "the roll-outs of a prompt all earn the same, and none is preferred"),
     ("rollout/format", "below", "format", "the model is losing the answer format"),
     ("rollout/tokens", "below", "tokens", "the chains of thought are collapsing"),
+    ("logp_gap", "above", "logp_gap", "decoding and scoring disagree: one policy samples and another one learns"),
 )
 
 
@@ -38,7 +42,7 @@ class Health:
         """Waits for the step under way and writes its batch down if its update was skipped.
 
         Raises:
-          NonFiniteError: too many updates in a row were skipped.
+          NonFiniteError: the updates of too many batches in a row were skipped.
         """
         if self._last is None:
             return
@@ -49,7 +53,7 @@ class Health:
             self._skipped = skipped
             self._log.bad_batch(step, ids, float(aux["loss"]), float(aux["gradient_norm"]))
             logging.warning("step %d: update skipped, %d so far; bad_batches.jsonl names its utterances", step, skipped)
-        if in_a_row >= self._config.guard.max_skipped:
+        if in_a_row >= self._config.guard.max_skipped * updates(self._config):
             raise NonFiniteError(
                 f"{in_a_row} updates in a row were skipped, the last at step {step}: loss {float(aux['loss']):g}, "
                 f"gradient norm {float(aux['gradient_norm']):g}; bad_batches.jsonl names the utterances, "
@@ -58,6 +62,9 @@ class Health:
 
     def warn(self, step: int, values: dict[str, float]) -> None:
         """Says once when a metric crosses its threshold in config.warn, and again after it has recovered."""
+        if not math.isfinite(values.get("rollout/js", 0)) and "rollout/js" not in self._said:
+            self._said.add("rollout/js")
+            logging.warning("step %d: rollout/js is not finite: read-outs in samples.jsonl are no numbers", step)
         for metric, side, key, meaning in self._watched:
             if metric not in values:
                 continue

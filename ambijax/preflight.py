@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from ml_collections import FrozenConfigDict
 
-from ambijax import assemble, convert, kept, manifest, optim
+from ambijax import assemble, convert, data, kept, manifest, optim
 from ambijax.algorithms import Setting
 from ambijax.errors import AmbijaxError, ConfigError, DataError
 from ambijax.model import qwen2_audio
@@ -66,7 +66,26 @@ def check_corpus(config: FrozenConfigDict, write: bool) -> None:
                 f"data.dev={config.data.dev}; the corpus needs three folds, or two with data.dev=groups"
             )
         _check_votes(corpus, parts, config.data.labels)
+        if learns_reasoning(config) and not any(u.cot for u in parts["train"]):
+            raise DataError(
+                f"{corpus.root}: no utterance to train on has a chain of thought, and {config.algorithm} learns from "
+                "them: python -m ambijax.curate writes them and --merge puts them in; or set data.cot=False"
+            )
         manifest.check_sounds(corpus)
+
+
+def learns_reasoning(config: FrozenConfigDict) -> bool:
+    """Whether curated chains of thought are trained on."""
+    return config.steps > 0 and config.data.cot and config.algorithm != "grpo"
+
+
+def check_reasoned(config: FrozenConfigDict, train: data.Dataset) -> None:
+    """Raises DataError: chains of thought are to be learned, and not one of them can be used."""
+    if learns_reasoning(config) and not any(example.reasoned for example in train.examples):
+        raise DataError(
+            f"{train.root}: none of the chains of thought follows the format within data.max_tokens="
+            f"{config.data.max_tokens}, and {config.algorithm} learns from them; raise it, or curate them anew"
+        )
 
 
 def _check_votes(corpus: manifest.Corpus, parts: dict, labels: tuple[str, ...]) -> None:
@@ -116,8 +135,11 @@ def plan(setting: Setting, directory: Path) -> str:
     if is_to_be_written(c):
         clips, epochs = f"{c.data.speakers * c.data.clips_per_speaker} synthetic clips, to be written first", ""
     else:
-        sizes = {name: len(part) for name, part in assemble.splits(c, assemble.corpus(c)).items()}
+        parts = assemble.splits(c, assemble.corpus(c))
+        sizes = {name: len(part) for name, part in parts.items()}
         clips = ", ".join(f"{size} {name}" for name, size in sizes.items())
+        if learns_reasoning(c):
+            clips += f"; {sum(bool(u.cot) for u in parts['train'])} to train on have a chain of thought"
         epochs = f", {c.steps * c.data.batch_size / max(1, sizes['train']):.1f} epochs"
     size, free = checkpoint_bytes(setting) / 1e6, shutil.disk_usage(directory).free / 1e9
     rows = {

@@ -188,6 +188,7 @@ def _collected(setting: Setting, rows: Callable, asked: Prompt) -> Batch | Prefe
         advantages=rows((b, g), jnp.float32),
         logp_old=rows((b, g, t), jnp.float32),
         logp_ref=rows((b, c.grpo.samples, t), jnp.float32),
+        logp_drawn=rows((b, c.grpo.samples, t), jnp.float32),
         sampled=rows((b, g), bool),
         target=target,
     )

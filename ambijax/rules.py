@@ -126,6 +126,7 @@ RULES = {
     "warn.degenerate": _real(0, 1),
     "warn.format": _real(0, 1),
     "warn.tokens": _real(0),
+    "warn.logp_gap": _real(0, math.inf),
     "checkpoint.every": _whole(1),
     "checkpoint.seconds": _real(0),
     "checkpoint.keep": _whole(1, 10**6),
@@ -180,6 +181,7 @@ ADDED = {
     "data.features": "",
     "data.pack": False,
     "optim.micro_batch": 0,
+    "warn.logp_gap": math.inf,
     "eval.every": 0,
     "eval.dev_clips": 256,  # of no evaluation
     "eval.metric": "js",

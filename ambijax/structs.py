@@ -76,6 +76,7 @@ class Group:
     advantages: Array  # float32 [B, G]
     logp_old: Array  # float32 [B, G, T], under the policy that sampled
     logp_ref: Array  # float32 [B, K, T], those sampled under the reference policy
+    logp_drawn: Array  # float32 [B, K, T], those sampled as the roll-out saw them, which decodes by other programs
     sampled: Array  # bool [B, G], False for gold: it was not sampled, so it has no KL to the reference
     target: Array  # float32 [B, K]
 

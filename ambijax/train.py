@@ -84,6 +84,7 @@ def train(config: FrozenConfigDict, directory: Path) -> None:
             workdir.replace(directory / "env.json", json.dumps(environment(), indent=2) + "\n")
         params = assemble.base(setting)
         sets = assemble.datasets(setting, params, ("train", "dev", "test"))
+        preflight.check_reasoned(config, sets["train"])
         variables = assemble.initial(setting, params, resumes=resumes)
         state, frozen, optimizer = start(config, variables)
         del variables, params  # what is trained now belongs to `state`, whose memory every update reuses

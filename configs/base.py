@@ -81,8 +81,8 @@ def get_config(corpus: str) -> ConfigDict:
     c.optim.micro_batch = 0  # prompts of a part whose gradient is formed at once, in the update alone; 0: all of it
 
     c.loss = ConfigDict()
-    c.loss.lambda_ce = 1.0  # unknown
-    c.loss.lambda_kl = 1.0  # unknown; while it is on, cross entropy leaves the class word out: both fight at its logits
+    c.loss.lambda_ce = 1.0  # unknown; of SFT and DPO, in GRPOz it is grpo.gold_ce
+    c.loss.lambda_kl = 1.0  # unknown; not in GRPO; while it is on, CE leaves the class word out: both fight there
     c.loss.kl_direction = "forward"  # paper: KL(p || phat) covers all votes; or reverse, which seeks one mode
     c.loss.reverse_floor = 0.01  # reverse alone: share of uniform votes, lest a class without any costs infinity
     c.loss.chunk = 32  # completion positions per slice of vocabulary logits; bounds memory, changes nothing
@@ -91,14 +91,15 @@ def get_config(corpus: str) -> ConfigDict:
     c.readout.temperature = 1.0  # divides the class logits
 
     c.guard = ConfigDict()
-    c.guard.max_skipped = 10  # updates skipped in a row that stop the run: a bad clip is one, bad settings are all
+    c.guard.max_skipped = 10  # batches skipped in a row that stop the run: a bad clip is one, bad settings are all
     c.guard.spike_sigma = 0.0  # > 0 also skips losses so far above the mean; 6 is safe, 0 leaves outliers to the clip
     c.guard.spike_window = 128  # applied updates over which mean and deviation are taken
 
     c.warn = ConfigDict()  # a roll-out metric beyond its threshold is said once
-    c.warn.degenerate = 0.9  # above: share of groups whose rewards are all alike; they give no gradient
+    c.warn.degenerate = 0.9  # above: share of prompts whose roll-outs all earn the same; none is preferred to another
     c.warn.format = 0.5  # below: format reward; the paper's runs stay above .9
     c.warn.tokens = 16.0  # below: mean completion length; the curated ones are about 90 tokens or more
+    c.warn.logp_gap = 0.1  # above: nats a token between decoding and scoring; float32 has 1e-6, an int8 cache 1e-3
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 100  # steps

@@ -23,7 +23,7 @@ def get_config(corpus: str = "cremad") -> ConfigDict:
 
     c.grpo = ConfigDict()
     c.grpo.samples = 8  # K; unknown
-    c.grpo.temperature = 1.0  # of sampling, and of pi in the loss
+    c.grpo.temperature = 1.0  # of sampling, and of pi in the loss, gold's share included
     c.grpo.updates = 1  # mu: updates a roll-out
     c.grpo.eps_low = 0.2  # clip range of the ratio pi / pi_old
     c.grpo.eps_high = 0.2  # DAPO raises it to 0.28

@@ -243,7 +243,7 @@ def expected_group_loss(setting: Setting, group: Group, before: dict, now: dict)
         "constant_length": total.sum(-1) / (members * c.data.max_tokens),
     }[c.grpo.aggregate]
     if setting.config.algorithm == "grpoz":
-        p, phat = np.asarray(group.target, np.float64), softmax(readout[:, -1], -1)
+        p, phat = np.asarray(group.target, np.float64), softmax(readout[:, -1] / c.readout.temperature, -1)
         if c.loss.kl_direction == "reverse":
             q = 0.99 * p + 0.01 / p.shape[-1]
             kl = rel_entr(phat, q).sum(-1)
@@ -271,6 +271,9 @@ def expected_group_loss(setting: Setting, group: Group, before: dict, now: dict)
         ("grpoz", {"loss__lambda_kl": 0.0}),
         ("grpoz", {"loss__kl_direction": "reverse"}),
         ("grpoz", {"data__gold_label": "sample"}),
+        ("grpo", {"grpo__temperature": 0.7}),
+        ("grpoz", {"grpo__temperature": 0.7, "grpo__updates": 2, "grpo__gold_gamma": 0.1}),
+        ("grpoz", {"readout__temperature": 2.0}),
     ],
 )
 def test_the_group_loss_is_equation_7(vocabulary, algorithm, changes):
@@ -288,6 +291,32 @@ def test_the_group_loss_is_equation_7(vocabulary, algorithm, changes):
         with jax.set_mesh(setting.mesh):
             same, _ = algorithms.group_loss(plain, now, collect(plain)[0][0], {})
         assert np.abs(np.asarray(same) - np.asarray(loss)).max() > 1e-4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_what_is_measured_of_the_samples_leaves_gold_out(vocabulary, temperature):
+    setting = make(vocabulary, "grpoz", grpo__updates=2, grpo__temperature=temperature, grpo__eps_low=0.01)
+    before = placed(setting)
+    now = before | {"lora": jax.tree.map(lambda x: 1.1 * x, before["lora"])}
+    (group,), _, _ = collect(setting)
+    with jax.set_mesh(setting.mesh):
+        _, aux = algorithms.group_loss(setting, now, group, {})
+        _, off = algorithms.group_loss(setting, now, group.replace(logp_drawn=group.logp_drawn - 0.5), {})
+        entropy = setting.score(now, group.prompt, group.completions, {}, temperature).entropy
+    logp = log_probs(setting, now, group.completions, group.prompt)[0]
+    old = log_probs(setting, before, group.completions, group.prompt)[0]
+    ref = log_probs(setting, {"params": now["params"]}, group.completions, group.prompt)[0]
+    mask, rho = np.asarray(group.loss_mask)[:, :3], np.exp(logp - old)
+
+    def mean(x: np.ndarray) -> np.ndarray:
+        return np.where(mask, np.asarray(x)[:, :3], 0).sum((1, 2)) / mask.sum((1, 2))
+
+    np.testing.assert_allclose(aux["entropy"], mean(entropy), rtol=1e-5)
+    np.testing.assert_allclose(aux["kl_to_reference"], mean(np.exp(ref - logp) - (ref - logp) - 1), rtol=1e-3)
+    np.testing.assert_allclose(aux["clipped"], mean((rho < 0.99) | (rho > 1.2)))
+    assert 0 < np.mean(aux["clipped"]) < 1
+    assert np.max(aux["logp_gap"]) < 1e-4  # decoding and scoring are two programs of one policy
+    np.testing.assert_allclose(off["logp_gap"], 0.5, atol=1e-3)
 
 
 @pytest.mark.parametrize("algorithm", ["sft", pytest.param("dpo", marks=pytest.mark.slow), "grpoz"])
@@ -380,6 +409,12 @@ def test_negatives_by_hand():
     assert {int(chosen[2, 0]) for chosen, _ in drawn} == {0, 1, 2}
     assert all(pairs.ravel().tolist() == [True, False, True] for _, pairs in drawn)
     np.testing.assert_array_equal(pick("random")[0], drawn[0][0])
+    js[0, 0] = np.nan  # a read-out that is no number is no negative, and hides none
+    for how in ("worst", "random", "all"):
+        chosen, pairs = pick(how)
+        rejected = {row: {*chosen[row][pairs[row]].tolist()} for row in range(3)}
+        assert rejected[0] <= {1, 2}
+        assert rejected[0]
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,12 @@ def test_what_is_not_finite_is_never_applied(bad):
 
 def test_collapses_are_said_once_with_their_metric(tmp_path, caplog):
     config = ConfigDict(
-        {"warn": {"degenerate": 0.9, "format": 0.5, "tokens": 16.0}, "guard": {"max_skipped": 3}, "data": {"cot": True}}
+        {
+            "algorithm": "sft",
+            "warn": {"degenerate": 0.9, "format": 0.5, "tokens": 16.0, "logp_gap": 0.1},
+            "guard": {"max_skipped": 3},
+            "data": {"cot": True},
+        }
     )
     with Log(tmp_path, 0) as log:
         health = Health(FrozenConfigDict(config), log, 0)
@@ -71,12 +76,16 @@ def test_collapses_are_said_once_with_their_metric(tmp_path, caplog):
             health.warn(step, good | change)
         health.warn(5, good | {"reward/degenerate": 1.0, "rollout/tokens": 3.0})
         health.warn(6, {"loss": 1.0})  # SFT rolls nothing out
+        for step in (7, 8):
+            health.warn(step, good | {"rollout/js": np.nan, "logp_gap": 0.2})
     said = [record.getMessage() for record in caplog.records]
     assert [text.split(" is ")[0] for text in said] == [
         "step 1: rollout/format = 0.4",
         "step 4: rollout/format = 0.2",
         "step 5: reward/degenerate = 1",
         "step 5: rollout/tokens = 3",
+        "step 7: rollout/js",
+        "step 7: logp_gap = 0.2",
     ]
     assert "below warn.format = 0.5" in said[0]
     config.data.cot = False
@@ -87,7 +96,7 @@ def test_collapses_are_said_once_with_their_metric(tmp_path, caplog):
 
 
 def test_too_many_in_a_row_stop_with_the_batches_written_down(tmp_path):
-    config = FrozenConfigDict({"guard": {"max_skipped": 2}, "data": {"cot": True}})
+    config = FrozenConfigDict({"algorithm": "sft", "guard": {"max_skipped": 2}, "data": {"cot": True}})
     with Log(tmp_path, 0) as log:
         health = Health(config, log, 0)
         aux = [
@@ -104,6 +113,18 @@ def test_too_many_in_a_row_stop_with_the_batches_written_down(tmp_path):
         (3, ["clip3"], None),
         (4, ["clip4"], None),
     ]
+
+
+def test_a_batch_counts_once_however_often_it_is_learned_from(tmp_path):
+    """With mu updates a batch one that is not finite is skipped mu times, and a restart would meet it again."""
+    changes = {"algorithm": "grpo", "grpo": {"updates": 12}, "guard": {"max_skipped": 2}, "data": {"cot": True}}
+    with Log(tmp_path, 0) as log:
+        health = Health(FrozenConfigDict(changes), log, 0)
+        bad = {"loss": np.nan, "gradient_norm": np.nan}
+        health.note(0, ["one"], {"skipped/total": 12, "skipped/in_a_row": 12} | bad)
+        health.note(1, ["two"], {"skipped/total": 24, "skipped/in_a_row": 24} | bad)
+        with pytest.raises(NonFiniteError, match="24 updates in a row were skipped, the last at step 1"):
+            health.look()
 
 
 # The real command on a model with damaged weights.

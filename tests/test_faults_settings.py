@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -164,6 +165,46 @@ def test_a_corpus_without_enough_folds_is_named(tmp_path):
         config, _ = settings.parse([*arguments, *more])
         with pytest.raises(DataError, match=f"no utterance is left for {empty} with data.fold=0"):
             preflight.check_corpus(config, write=True)
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "dpo", "grpo", "grpoz"])
+def test_a_corpus_that_nobody_curated_is_refused_where_its_reasoning_is_learned(algorithm, tmp_path):
+    """Cross entropy would cover nothing, no roll-out would be rejected, no gold would join a group: in silence."""
+    records = [
+        {"id": f"{i}", "audio": "a.wav", "transcript": "", "speaker": f"s{i}", "fold": i, "votes": {"anger": 1}}
+        for i in range(4)
+    ]
+
+    def check(*more: str) -> None:
+        (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        given = [f"--config=configs/{algorithm}.py:cremad", "--workdir=w", f"--config.data.root={tmp_path}"]
+        config, _ = settings.parse(["train", *given, "--config.data.labels=('anger','fear')", *more])
+        preflight.check_corpus(config, write=False)
+
+    (tmp_path / "a.wav").touch()  # is there; what it holds is not looked at
+    if algorithm == "grpo":  # it learns from rewards alone
+        check()
+        return
+    with pytest.raises(DataError, match=rf"no utterance to train on .* {algorithm} learns .*ambijax.curate.*data.cot"):
+        check()
+    check("--config.data.cot=False")
+    check("--config.steps=0")
+    records[0]["cot"] = "in the test fold"
+    with pytest.raises(DataError, match="no utterance to train on"):
+        check()
+    records[2]["cot"] = "in training"
+    check()
+
+
+def test_reasoning_of_which_nothing_fits_is_refused():
+    config, _ = settings.parse(["train", "--config=configs/sft.py:tiny", "--workdir=w", "--config.data.max_tokens=8"])
+    some, none = (
+        types.SimpleNamespace(root=Path("c"), examples=[types.SimpleNamespace(reasoned=r) for r in (False, last)])
+        for last in (True, False)
+    )
+    preflight.check_reasoned(config, some)
+    with pytest.raises(DataError, match=r"^c: none of the chains of thought .* data\.max_tokens=8, and sft"):
+        preflight.check_reasoned(config, none)
 
 
 def test_contradictions_are_listed_at_once():
