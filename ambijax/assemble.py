@@ -280,8 +280,11 @@ def _differences(config: FrozenConfigDict, meta: dict) -> list[str]:
         for name in ("rank", "alpha", "audio_tower")
         if there[name] != here[name]
     ]
-    if meta["base"] != convert.digest(config.model.checkpoint):
-        wrong.append(f"it was trained on another base than model.checkpoint={config.model.checkpoint}")
+    directory = config.model.checkpoint
+    if meta["base"] != convert.digest(directory):
+        wrong.append(f"it was trained on another base than model.checkpoint={directory}")
+    if meta["tokenizer"] != prompt.digest(directory):
+        wrong.append(f"it was trained with another tokenizer than that of model.checkpoint={directory}")
     return wrong
 
 
@@ -292,8 +295,14 @@ def trained(setting: Setting, variables: dict, run: Path) -> tuple[int, dict]:
       setting: the run's.
       variables: at least its base weights; what it trained takes its place in them.
       run: the run's directory.
+
+    Raises:
+      ConfigError: it holds no checkpoint, or was trained on another base than the setting's.
     """
-    step, loaded, _ = checkpoint.load_adapters(run / "checkpoints", best=setting.config.eval.checkpoint == "best")
+    config = setting.config
+    step, loaded, meta = checkpoint.load_adapters(run / "checkpoints", best=config.eval.checkpoint == "best")
+    if wrong := _differences(config, meta):
+        raise ConfigError(f"{run}: " + "; ".join(wrong))
     return step, _replaced(setting, variables, loaded, run)
 
 

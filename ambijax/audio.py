@@ -22,6 +22,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -41,6 +42,7 @@ BLOCK = 100  # mel frames transformed at once, so that the temporaries stay in t
 POWER_FLOOR = 1e-10  # mel power below this counts as silence
 DYNAMIC_RANGE = 8.0  # decades of power below the loudest band of the clip; what is quieter is raised to that
 PLAUSIBLE = 4_000_000  # samples a second over all channels: 192 kHz of twenty; more is a broken or hostile header
+_OGG_PAGE = 65_307  # bytes of the largest page of an Ogg file
 UNSCALED = 1.5  # samples lie in [-1, 1], with headroom for codecs; beyond are integers nobody scaled
 
 
@@ -96,7 +98,7 @@ def declared_frames(path: Path) -> int:
 
 
 def _assert_whole(path: Path) -> None:
-    """Finds what libsndfile is silent about: pointer files, and wavs and aiffs shorter than their header says."""
+    """Finds what libsndfile is silent about: pointer files, and sounds that end before their header or format says."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(12)
@@ -104,6 +106,10 @@ def _assert_whole(path: Path) -> None:
             raise DataError(f"{path}: the file is empty")
         if head == b"version http":
             raise DataError(f"{path}: a git-lfs pointer, not the sound itself; run `git lfs pull` in its repository")
+        if head.startswith(b"OggS"):
+            if not _ends(file, size):
+                raise DataError(f"{path}: truncated, its last page is missing or cut; copy it again")
+            return
         kinds = {b"RIFFWAVE": ("little", b"data"), b"FORMAIFF": ("big", b"SSND"), b"FORMAIFC": ("big", b"SSND")}
         if (kind := head[:4] + head[8:]) not in kinds:
             return  # elsewhere decoding fails or ends early
@@ -116,6 +122,15 @@ def _assert_whole(path: Path) -> None:
                     raise DataError(f"{path}: truncated, {present} of {length} data bytes are there; copy it again")
                 return
             file.seek(length + length % 2, 1)  # chunks are padded to an even length
+
+
+def _ends(ogg: BinaryIO, size: int) -> bool:
+    """Whether a file's last Ogg page says that its stream ends with it, and is whole (RFC 3533, section 6)."""
+    ogg.seek(max(0, size - 2 * _OGG_PAGE))
+    tail = ogg.read()
+    page = tail[tail.rfind(b"OggS") :] if b"OggS" in tail else b""
+    segments = page[27 : 27 + page[26]] if len(page) > 26 else b""
+    return bool(segments) and bool(page[5] & 4) and len(page) >= 27 + page[26] + sum(segments)
 
 
 def check(samples: np.ndarray, rate: int, name: str) -> np.ndarray:

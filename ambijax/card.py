@@ -10,7 +10,7 @@ from pathlib import Path
 from ml_collections import FrozenConfigDict
 
 import ambijax
-from ambijax import assemble, prompt
+from ambijax import assemble, manifest, prompt
 from ambijax.errors import DataError
 from ambijax.evaluate import COLUMNS
 from ambijax.workdir import read_object
@@ -123,8 +123,9 @@ def _corpus_description(config: FrozenConfigDict) -> str:
     """What the corpus says of itself, where it is at hand."""
     if config.data.corpus == "synthetic":
         return "Synthetic speech of the tiny lab of ambijax, with simulated listeners: no person was recorded."
-    text = read_object(Path(config.data.root) / "corpus.json").get("description")
-    return str(text or f"A corpus called {Path(config.data.root).name}, with listeners' votes.")
+    root = manifest.directory(config.data.root)
+    text = read_object(root / "corpus.json").get("description")
+    return str(text or f"A corpus called {root.name}, with listeners' votes.")
 
 
 def _training(about: About) -> str:

@@ -81,10 +81,7 @@ def parse(argv: list[str]) -> Options:
         if values[name].value is not None:
             config[name] = values[name].value
     check(config)
-    path = Path(values.manifest)
-    if path.suffix == ".jsonl" and path.name != "manifest.jsonl":
-        raise ConfigError(f"--manifest={path}: give a directory or its manifest.jsonl")
-    root = path.parent if path.name == "manifest.jsonl" else path
+    root = manifest.directory(values.manifest)
     return Options(config, root, Path(values.out), values.dry_run, values.merge)
 
 
@@ -272,6 +269,9 @@ async def _work(
                         group.create_task(worker())
             except* (BudgetReached, ConfigError) as ends:
                 end = ends.exceptions[0]
+            except* OSError as ends:  # a full disk
+                error = ends.exceptions[0]
+                end = ConfigError(f"a file cannot be read or written: {error.strerror or error}; then start it again")
     return end
 
 

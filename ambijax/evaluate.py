@@ -128,7 +128,8 @@ def run(
         "algorithm": "base" if base else config.algorithm,
         "seed": config.seed,
         "labels": list(config.data.labels),
-        "root": str(dataset.root.resolve()),
+        "corpus": str(manifest.directory(config.data.root).resolve()),
+        "root": str(dataset.root.resolve()),  # where its audio paths start
         "split": dataset.split,
         "fold": config.data.fold if config.data.fold >= 0 else None,
         "commit": journal.commit(),
@@ -232,7 +233,7 @@ def _settings(args: argparse.Namespace, rest: list[str]) -> tuple[FrozenConfigDi
     if not args.corpus:
         return config, config, workdir
     corpus = manifest.read(args.corpus)
-    if args.run and corpus.root.resolve() == Path(config.data.root).resolve():
+    if args.run and corpus.root.resolve() == manifest.directory(config.data.root).resolve():
         raise ConfigError(f"{args.corpus} is what {args.run} was trained on; leave --corpus out, and name a --split")
     _assert_own_place(corpus.root.resolve(), workdir / "eval" / _name(args))
     return config, on_corpus(config, corpus, args.fold), workdir
@@ -244,8 +245,9 @@ def _assert_own_place(root: Path, results: Path) -> None:
         raise ConfigError(f"{results} is for results on the run's own corpus; rename the directory {root}")
     summary = results / "summary.json"
     try:
-        before = json.loads(summary.read_text(encoding="utf-8"))["root"] if summary.is_file() else str(root)
-    except (ValueError, KeyError, TypeError, RecursionError):
+        about = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {"corpus": str(root)}
+        before = about.get("corpus") or about["root"]  # of earlier versions, which knew corpora by their sounds
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"{summary} is not what an evaluation writes; move it away") from None
     if before != str(root):
         raise ConfigError(f"{results} is of {before}; move it away, or rename the directory {root}")

@@ -48,9 +48,10 @@ def _encode(model: Qwen2Audio, variables: dict, mel: jax.Array, frames: jax.Arra
 
 def encode(
     model: Qwen2Audio, variables: dict, mesh: Mesh, clips: Iterable[Clip], windows: tuple[int, ...]
-) -> Iterator[Sound]:
-    """Clips to projected tower output [A, D], in order; one compiled program for each window in use.
+) -> Iterator[tuple[int, Sound]]:
+    """Clips to projected tower output [A, D], a batch of one window at a time, each with its number among the clips.
 
+    One program is compiled for each window in use. No output waits for another: a rare long clip holds nothing up.
     Every process passes all clips, reads those whose rows its devices hold, and gets the sounds of all.
     """
     size = sharding.round_up(CLIPS, mesh)
@@ -69,22 +70,16 @@ def encode(
             yield index, Sound(clip.frames, row[: audio.tokens(clip.frames)].copy())
 
     queues = collections.defaultdict(list)  # window -> clips waiting for a full batch
-    done, following = {}, 0
     for index, clip in enumerate(clips):
         window = audio.window(clip.frames, windows)
         queue = queues[window]
         queue.append((index, clip))
         if len(queue) == size:
-            done.update(flush(window, queue))
+            yield from flush(window, queue)
             queue.clear()
-        while following in done:
-            yield done.pop(following)
-            following += 1
     for window, queue in queues.items():
         if queue:
-            done.update(flush(window, queue))
-    for index in sorted(done):
-        yield done[index]
+            yield from flush(window, queue)
 
 
 def compute(
@@ -154,7 +149,8 @@ def _outputs(
     missing = np.flatnonzero(hosts.anywhere([values is None for values in found]))
     bar.update(len(clips) - len(missing))
     computed = encode(model, {"params": params}, mesh, [clips[i] for i in missing], windows)
-    for i, sound in zip(missing, computed, strict=True):
+    for number, sound in computed:
+        i = missing[number]
         found[i] = shelf.put(keys[i], sound.values)
         bar.update()
     return [Sound(clip.frames, values) for clip, values in zip(clips, found, strict=True)]

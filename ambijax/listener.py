@@ -161,7 +161,8 @@ class Model:
         c, v = self.setting.config, self.setting.vocabulary
         windows = (*c.data.windows, audio.N_FRAMES)  # a clip may be longer than any of the corpus
         clips = [features.Clip(audio.mel_frames(len(clip)), lambda clip=clip: clip) for clip in heard]
-        sounds = list(features.encode(self.setting.model, self.variables, self.setting.mesh, clips, windows))
+        encoded = dict(features.encode(self.setting.model, self.variables, self.setting.mesh, clips, windows))
+        sounds = [encoded[i] for i in range(len(clips))]
         tokens = [
             np.array(prompt.encode_prompt(v, text or "", sound.tokens, style=self.setting.style), np.int32)
             for text, sound in zip(transcripts, sounds, strict=True)

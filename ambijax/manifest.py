@@ -114,6 +114,9 @@ def _utterance(record: object, where: str) -> Utterance:
             raise DataError(f"{where}: {name} must be {kind.__name__}, got {value!r}")
     if empty := [name for name in _FILLED if not record[name].strip()]:
         raise DataError(f"{where}: {', '.join(empty)} must not be empty")
+    for name in ("speaker", "group"):  # 'Anna ' and 'Anna' in two folds would be a leak that nobody sees
+        if (value := record.get(name, "")) != value.strip():
+            raise DataError(f"{where}: {name} is {value!r}; a name has no blanks around it")
     for emotion, count in record["votes"].items():
         if not isinstance(count, int | float) or isinstance(count, bool) or not 0 <= count <= _VOTES_MAX:
             raise DataError(f"{where}: the votes for {emotion!r} must be a number of annotators, got {count!r}")
@@ -132,7 +135,8 @@ def _utterance(record: object, where: str) -> Utterance:
         raise DataError(f"{where}: audio must be a path under the manifest's directory, not the URL {record['audio']}")
     if audio.is_absolute() or ".." in audio.parts:
         raise DataError(f"{where}: audio must be relative and stay under the audio root, got {record['audio']}")
-    return Utterance(**record)
+    names = {name: unicodedata.normalize("NFC", record[name]) for name in ("speaker", "group") if name in record}
+    return Utterance(**record | names)  # José is one speaker, however his accent is written
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, object]]:
@@ -187,13 +191,13 @@ def read(root: str | Path) -> Corpus:
     """Reads and checks the manifest in a directory, `manifest.jsonl` or `manifest.csv`.
 
     Args:
-      root: the directory, or the manifest file in it.
+      root: the directory, or the manifest in it.
 
     Raises:
-      ConfigError: there is no manifest, or two, or the audio root is gone.
+      ConfigError: there is no manifest, or two, or one of another name, or the audio root is gone.
       DataError: a line is not an utterance, or two lines share an id; names the line.
     """
-    path = _find(Path(root))
+    path = _find(Path(root), directory(root))
     records = _csv(path) if path.suffix == ".csv" else _jsonl(path)
     utterances: dict[str, Utterance] = {}
     try:
@@ -209,10 +213,20 @@ def read(root: str | Path) -> Corpus:
     return Corpus(path.parent, tuple(utterances.values()), *_about(path.parent))
 
 
-def _find(root: Path) -> Path:
-    if root.is_file():
-        return root
-    found = [path for name in ("manifest.jsonl", "manifest.csv") if (path := root / name).is_file()]
+_NAMES = ("manifest.jsonl", "manifest.csv")
+
+
+def directory(root: str | Path) -> Path:
+    """Where a corpus lies, given its directory or the manifest in it."""
+    return Path(root).parent if Path(root).name in _NAMES else Path(root)
+
+
+def _find(given: Path, root: Path) -> Path:
+    if root.is_file():  # its results would go by the name of whatever else lies there
+        raise ConfigError(f"{given}: a manifest is called {' or '.join(_NAMES)}; give it a directory of its own")
+    if given != root and not given.is_file():
+        raise ConfigError(f"no manifest at {given}")
+    found = [path for name in _NAMES if (path := root / name).is_file()]
     if not found:
         raise ConfigError(f"no manifest at {root / 'manifest.jsonl'}; write one with python -m ambijax.prepare")
     if len(found) > 1:

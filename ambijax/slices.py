@@ -63,4 +63,4 @@ def _thirds(entropy: np.ndarray) -> list[str]:
 
 def _sorted(names: np.ndarray) -> list[str]:
     """Numbers by value, words by letter."""
-    return sorted(set(names), key=lambda name: (float(name) if name.replace(".", "", 1).isdigit() else 0, name))
+    return sorted(set(names), key=lambda name: (float(name) if name.replace(".", "", 1).isdecimal() else 0, name))

@@ -89,9 +89,9 @@ def send(config: FrozenConfigDict, name: str, workdir: Path, over: threading.Eve
     Raises:
       ConfigError: what was sent before cannot be read.
     """
-    states = _states(workdir / STATE)
-    state = states.setdefault(name, {"id": uuid.uuid4().hex[:8], "step": -1, "table": False})
-    keep = lambda: replace(workdir / STATE, json.dumps(states) + "\n")  # noqa: E731
+    state = _states(workdir / STATE).get(name, {"id": uuid.uuid4().hex[:8], "step": -1, "table": False})
+    # Read anew each time: another tracker may be told of the run meanwhile.
+    keep = lambda: replace(workdir / STATE, json.dumps(_states(workdir / STATE) | {name: state}) + "\n")  # noqa: E731
     keep()
     tracker = (_TensorBoard if name == "tensorboard" else _Board)(name, state["id"], config, workdir)
     try:

@@ -211,6 +211,12 @@ def cut(kind: str, keep: float):
     return write
 
 
+def lastless(path):
+    soundfile.write(path, voice(1), 16_000, format="OGG")
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rindex(b"OggS")])
+
+
 with_nan, with_inf = voice(1), voice(1)
 with_nan[7], with_inf[7] = np.nan, -np.inf
 
@@ -227,6 +233,9 @@ BAD = {
     "half a flac": (cut("FLAC", 0.5), "corrupt|truncated"),
     "half an mp3": (cut("MP3", 0.5), "truncated"),
     "half an aiff": (cut("AIFF", 0.5), "truncated"),
+    "half an ogg": (cut("OGG", 0.5), "truncated"),
+    "an ogg short by its last page": (lastless, "truncated"),
+    "an ogg short by a byte": (cut("OGG", 1 - 1e-9), "truncated"),
     "header only": (cut("WAV", 30 / 32_044), "corrupt"),
     "nan": (wav(with_nan), "1 samples are NaN or infinite"),
     "inf": (wav(with_inf), "1 samples are NaN or infinite"),

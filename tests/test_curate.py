@@ -415,6 +415,36 @@ def test_a_file_of_something_else_is_left_alone(go, clips: Path) -> None:
     assert (go.root / "manifest.jsonl").read_text() == before
 
 
+def test_a_manifest_of_another_name_is_not_merged_into_the_corpus(go, clips: Path) -> None:
+    corpus(go.root, clips, 5)
+    pilot = go.root / "pilot.csv"
+    pilot.write_text("id,audio,transcript,speaker,fold,votes.sadness,votes.anger\nu0,clip.wav,item-0 is here,s,0,6,2\n")
+    with serving() as server, pytest.raises(ConfigError, match=r"pilot\.csv: a manifest is called manifest\.jsonl"):
+        go(5, server, f"--manifest={pilot}")
+    with pytest.raises(ConfigError, match=r"pilot\.csv: a manifest is called manifest\.jsonl"):
+        go(5, None, f"--manifest={pilot}", "--merge")
+    assert len(manifest.read(go.root).utterances) == 5
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_is_written(go, monkeypatch: pytest.MonkeyPatch) -> None:
+    append, written = ledger.Journal.append, []
+
+    def full(journal: ledger.Journal, record: dict, **how: bool) -> None:
+        if Path(journal._file.name) == go.out and len(written) == 2:
+            raise OSError(28, "No space left on device")
+        append(journal, record, **how)
+        if Path(journal._file.name) == go.out:
+            written.append(record)
+
+    monkeypatch.setattr(ledger.Journal, "append", full)
+    with serving() as server:
+        with pytest.raises(ConfigError, match=r"No space left on device; then start it again \(2 finished items are"):
+            go(5, server, concurrency=1)
+        monkeypatch.setattr(ledger.Journal, "append", append)
+        go(5, server)
+    assert len(rows(go.out)) == 5
+
+
 def test_no_key_no_run(go, monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("", "  ", "sk-käse"):
         monkeypatch.setenv("OPENAI_API_KEY", key)
@@ -721,6 +751,7 @@ def test_a_429_holds_every_worker(go) -> None:
         ("", None),
         ("nan", None),
         ("inf", None),
+        ("Mon, 01 Jan 99999 00:00:00 GMT", None),
     ],
 )
 def test_retry_after(value: str, seconds: float | None) -> None:

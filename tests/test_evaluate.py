@@ -338,12 +338,19 @@ def test_what_was_trained_on_is_no_other_corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate", f"--run={tmp_path}", f"--corpus={tmp_path / 'own/manifest.jsonl'}"])
     with pytest.raises(ConfigError, match="was trained on; leave --corpus out"):
         evaluate.main()
-    for name, message in (
-        ("test", "is for results on the run's own corpus"),
-        ("other", "is of /elsewhere/other; move"),
+    # A run may have been given the manifest itself.
+    argv[-1] += "/manifest.jsonl"
+    settings.save(settings.parse(argv)[0], tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate", f"--run={tmp_path}", f"--corpus={tmp_path / 'own'}"])
+    with pytest.raises(ConfigError, match="was trained on; leave --corpus out"):
+        evaluate.main()
+    for name, key, message in (
+        ("test", "corpus", "is for results on the run's own corpus"),
+        ("other", "corpus", "is of /elsewhere/other; move"),
+        ("other", "root", "is of /elsewhere/other; move"),  # as earlier versions wrote it
     ):
         (tmp_path / "eval/other").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "eval/other/summary.json").write_text('{"root": "/elsewhere/other"}')
+        (tmp_path / "eval/other/summary.json").write_text(json.dumps({key: "/elsewhere/other"}))
         manifest.write(manifest.Corpus(tmp_path / name, tuple(_utterances("ab"))))
         monkeypatch.setattr(sys, "argv", ["evaluate", f"--run={tmp_path}", f"--corpus={tmp_path / name}"])
         with pytest.raises(ConfigError, match=message):
@@ -380,9 +387,11 @@ def test_an_evaluation_killed_at_any_moment_ends_as_if_it_never_was(tmp_path):
 @needs_tiny
 def test_a_bare_checkpoint_on_another_corpus(tmp_path):
     spec = dataclasses.replace(synthetic.IEMOCAP_LIKE, speakers=5, clips_per_speaker=1)
-    other = synthetic.write(tmp_path / "other", spec)
-    silent = dataclasses.replace(other.utterances[0], id="x", votes={"surprise": 3})
-    manifest.write(dataclasses.replace(other, utterances=(*other.utterances, silent)))
+    sounds = synthetic.write(tmp_path / "sounds", spec)  # as `ambijax.prepare` leaves it, the manifest lies elsewhere
+    silent = dataclasses.replace(sounds.utterances[0], id="x", votes={"surprise": 3})
+    everything = (*sounds.utterances, silent)
+    other = manifest.Corpus(tmp_path / "other", everything, audio_root=sounds.root, labels=sounds.labels)
+    manifest.write(other)
     arguments = [*_bare(tmp_path / "run", tmp_path / "own", 2), f"--corpus={other.root}", "--calibrate", "--slices"]
     process = start("ambijax.evaluate", *arguments)
     out, err = process.communicate(timeout=600)
@@ -406,3 +415,5 @@ def test_a_bare_checkpoint_on_another_corpus(tmp_path):
     assert low <= summary["js"] <= high
     rows = {line.split("  ")[0] for line in out.splitlines()}
     assert {"uniform", "prior", "one-hot", "one annotator", "half", "another panel", "other", "ambiguity"} <= rows
+    assert (summary["corpus"], summary["root"]) == (str(other.root), str(sounds.root))
+    evaluate._assert_own_place(other.root, tmp_path / "run/eval/other")  # the same command may be given again

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from ambijax import assemble, checkpoint, convert, settings, update
+from ambijax import assemble, checkpoint, convert, prompt, settings, update
 from ambijax.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(
@@ -43,7 +43,8 @@ def finished(base, directory: Path, config, meta: dict) -> tuple[Path, dict]:
     with jax.set_mesh(setting.mesh), checkpoint.Checkpoints(directory / "checkpoints", 1) as saved:
         state, _, _ = update.start(config, assemble.initial(setting, base[1]))
         state = state.replace(trained=jax.tree.map(lambda x: x + 1, state.trained))
-        about = {"lora": config.lora.to_dict(), "base": convert.digest(config.model.checkpoint)} | meta
+        base_of, tokenizer = convert.digest(config.model.checkpoint), prompt.digest(config.model.checkpoint)
+        about = {"lora": config.lora.to_dict(), "base": base_of, "tokenizer": tokenizer} | meta
         saved.save(1, state, about)
     settings.save(config, directory)
     return directory, jax.tree.map(np.asarray, state.trained)
@@ -76,6 +77,7 @@ def test_fully_fine_tuned_weights_start_full_fine_tuning(base, tmp_path):
             "lora.rank is 8 there and 4 here; lora.alpha is 16",
         ),
         ([], [], {"base": "another"}, "it was trained on another base than model.checkpoint"),
+        ([], [], {"tokenizer": "another"}, "it was trained with another tokenizer than that of model.checkpoint"),
         ([NORM], [], {}, "params/language_model/norm/scale, which optim.train=('lora/.*',) freezes"),
         ([], [NORM], {}, "it trained lora/language_model/layers/"),
     ],

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ambijax import data, features, kept, sharding
+from ambijax import audio, data, features, kept, sharding
 from ambijax.errors import DataError
 from tests import small, trained
 
@@ -54,7 +54,7 @@ def hear(tmp_path, monkeypatch, wavs, params):
     computed = []
     encode = features.encode
 
-    def counted(*args: object) -> list[data.Sound]:
+    def counted(*args: object) -> list[tuple[int, data.Sound]]:
         found = list(encode(*args))
         computed.append(len(found))
         return found
@@ -91,6 +91,27 @@ def test_a_kept_output_is_the_computed_one_bit_for_bit(hear):
     assert bits(live) == bits(first) == bits(again)
     assert len({values for *_, values in bits(live)}) == 3  # else the comparison says nothing
     assert not [s for s in first + again if isinstance(s.values, np.ndarray)]  # they lie on the disk, not in memory
+
+
+def test_a_rare_long_clip_holds_no_other_up(params):
+    """Its batch is never full; what waited for it would be lost with the process, and fill the memory until then."""
+    taken = []
+
+    def clips():
+        rng = np.random.default_rng(0)
+        for seconds in (10.0, *[1.0] * 40):
+            taken.append(seconds)
+            sound = rng.normal(size=int(seconds * 16_000)).astype(np.float32)
+            yield features.Clip(audio.mel_frames(len(sound)), lambda sound=sound: sound)
+
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        encoded = features.encode(small.model(), {"params": params}, mesh, clips(), (256, 1024))
+        number, sound = next(encoded)
+        assert (number, sound.frames, len(taken)) == (1, 100, 1 + features.CLIPS)
+        rest = dict(encoded)
+    assert {number, *rest} == {*range(41)}
+    assert rest[0].frames == 1000
 
 
 def test_a_batch_of_kept_outputs_is_that_of_computed_ones(hear):

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import ambijax
 from ambijax import audio, errors, export, listener, listing, policy, predict
@@ -151,6 +152,21 @@ def test_what_cannot_be_opened_is_named(run, tmp_path):
         with pytest.raises(ConfigError, match=message):
             ambijax.load(opened, **options)
     assert ambijax.load(tmp_path / "peft", checkpoint=trained.TINY).setting.vocabulary.labels == LABELS
+
+
+def test_a_run_is_heard_on_its_own_base_alone(run, tmp_path):
+    """Another one of the same shape would take its adapters without a word."""
+    for name in ("weights", "tokenizer"):
+        shutil.copytree(trained.TINY, tmp_path / name)
+    weights = load_file(tmp_path / "weights/model.safetensors")
+    first = min(weights)
+    save_file(weights | {first: weights[first] + 1}, tmp_path / "weights/model.safetensors", metadata={"format": "pt"})
+    with (tmp_path / "tokenizer/tokenizer.json").open("a") as file:
+        file.write("\n")
+    for name, message in (("weights", "trained on another base than"), ("tokenizer", "with another tokenizer than")):
+        with pytest.raises(ConfigError, match=message):
+            ambijax.load(run, checkpoint=tmp_path / name)
+        ambijax.load(run, checkpoint=tmp_path / name, base=True)
 
 
 def test_words_of_several_tokens_are_heard_by_every_form_of_a_model(run, clips, tmp_path):

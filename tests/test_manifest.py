@@ -111,8 +111,9 @@ def test_the_examples_of_the_documentation_are_manifests(tmp_path):
     page = (Path(__file__).parents[1] / "docs" / "corpora" / "manifest.md").read_text(encoding="utf-8")
     examples = [line.strip() for line in page.splitlines() if line.startswith(("    {", "    id,", "    a1,"))]
     for name, lines in (("jsonl", examples[:1]), ("csv", examples[1:])):
-        (tmp_path / f"manifest.{name}").write_text("\n".join(lines))
-        read = manifest.read(tmp_path / f"manifest.{name}").utterances
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"manifest.{name}").write_text("\n".join(lines))
+        read = manifest.read(tmp_path / name).utterances
         assert read == (Utterance("a1", "wav/a1.wav", "It is late.", "s1", 0, {"anger": 3, "neutral": 1}),)
 
 
@@ -121,8 +122,34 @@ def test_missing_and_doubled_manifests_are_named(tmp_path):
         manifest.read(tmp_path)
     write_lines(tmp_path, ROW)
     (tmp_path / "manifest.csv").write_text("id\n")
-    with pytest.raises(ConfigError, match="keep one"):
+    for given in (tmp_path, tmp_path / "manifest.jsonl", tmp_path / "manifest.csv"):
+        with pytest.raises(ConfigError, match="keep one"):
+            manifest.read(given)
+    (tmp_path / "manifest.csv").unlink()
+    with pytest.raises(ConfigError, match=r"no manifest at .*manifest\.csv$"):
+        manifest.read(tmp_path / "manifest.csv")
+
+
+def test_a_manifest_of_another_name_is_refused(tmp_path):
+    """Its directory stands for a corpus everywhere: another manifest there would be read, or overwritten, for it."""
+    write_lines(tmp_path, ROW)
+    for name in ("hard.jsonl", "pilot.csv"):
+        (tmp_path / name).write_text(json.dumps(ROW))
+        with pytest.raises(ConfigError, match=rf"{name}: a manifest is called manifest.jsonl or manifest.csv; give it"):
+            manifest.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("field", ["speaker", "group"])
+def test_a_speaker_is_one_however_the_name_is_written(field, tmp_path):
+    write_lines(tmp_path, ROW | {field: "Anna "})
+    with pytest.raises(DataError, match=rf"jsonl:1: {field} is 'Anna '; a name has no blanks around it"):
         manifest.read(tmp_path)
+    names = ["Jos\u00e9", "Jose\u0301"]
+    write_lines(tmp_path, *(ROW | {"id": f"{i}", "fold": i, field: name} for i, name in enumerate(names)))
+    corpus = manifest.read(tmp_path)
+    assert len({getattr(u, field) for u in corpus.utterances}) == 1
+    with pytest.raises(DataError, match=f"speakers .* stand in|groups {names[0]} stand in"):
+        manifest.split(corpus, 0, "next_fold")
 
 
 def without(name):

@@ -16,14 +16,14 @@ import pytest
 import scipy.spatial
 import scipy.stats
 
-from ambijax import evaluate
+from ambijax import evaluate, settings
 from ambijax.errors import ConfigError, DataError
 from ambijax.report import runs as reading
 from tests import made_runs as runs
 
 pytest.importorskip("matplotlib", reason="the report draws with matplotlib: pip install -e '.[report]'")
 from ambijax.report import __main__ as report
-from ambijax.report import figures, style
+from ambijax.report import clips, figures, style
 
 # Also a line separator, a zero byte, mathematics that is none, and the end of a comment.
 HOSTILE = "</script><script>window.taken = 1</script><img src=x onerror='window.taken = 1'>\u2028\x00$\\frac$ --><!--"
@@ -184,10 +184,29 @@ def test_another_corpus_has_its_own_sounds_and_name(made, tmp_path, no_figures):
     subprocess.run(["cp", "-r", made[0], run], check=True)
     shutil.copytree(run / "eval/test", run / "eval/other")
     runs.lines(run / "eval/other/predictions.jsonl", _records(run, "test")[:3])
-    (run / "eval/other/summary.json").write_text(json.dumps({"root": str(other.root)}))
-    found = reading.read([run], "other", None)
-    assert found.corpus.root == other.root
+    for told in ({"root": str(other.root)}, {"corpus": str(other.root), "root": str(tmp_path / "sounds")}):
+        (run / "eval/other/summary.json").write_text(json.dumps(told))
+        found = reading.read([run], "other", None)
+        assert found.corpus.root == other.root
     assert "GRPOz on other" in _write([run], tmp_path / "out", split="other")
+    data = clips.gallery(found, tmp_path, embed_audio=False)
+    assert data["clips"][0]["transcript"]
+    assert not data["rollouts"][0]["transcript"]  # it is of the run's own corpus
+    assert data["rollouts"][0]["target"] is None
+
+
+def test_roll_outs_keep_the_classes_they_were_read_out_over(made, tmp_path):
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", made[0], run], check=True)
+    few = [r | {"target": [0.5, 0.5], "readout": [0.25, 0.75]} for r in _records(run, "test")]
+    (run / "eval/few").mkdir()
+    runs.lines(run / "eval/few/predictions.jsonl", few)
+    (run / "eval/few/summary.json").write_text(json.dumps({"labels": ["fear", "anger"]}))
+    data = clips.gallery(reading.read([run], "few", None), tmp_path, embed_audio=False)
+    assert data["labels"] == ["fear", "anger"]
+    for group in data["rollouts"]:
+        assert group["labels"] == list(settings.load(run).data.labels)
+        assert all(len(m["readout"]) == len(group["labels"]) for m in group["members"] if m["readout"])
 
 
 def test_every_run_with_a_curve_is_in_the_legend(made, tmp_path):

@@ -150,6 +150,25 @@ def test_the_record_of_what_was_sent_is_never_half_written(workdir, tmp_path, mo
     assert json.loads((workdir / trackers.STATE).read_text())["tensorboard"]["step"] == 4
 
 
+def test_another_tracker_told_meanwhile_keeps_its_place(workdir, monkeypatch):
+    """A lost place would be a second run there, with every step sent again."""
+
+    class Slow(Recorder):
+        def metrics(self, step: int, values: dict) -> None:
+            super().metrics(step, values)
+            if step == 0:
+                monkeypatch.setattr(trackers, "_Board", Recorder)
+                send(workdir, "wandb")
+
+    monkeypatch.setattr(trackers, "_TensorBoard", Slow)
+    send(workdir, "tensorboard")
+    state = json.loads((workdir / trackers.STATE).read_text())
+    assert {name: (one["step"], one["table"]) for name, one in state.items()} == {
+        "tensorboard": (2, True),
+        "wandb": (2, True),
+    }
+
+
 @pytest.mark.parametrize("damaged", ["", "[]", '{"tensorboard": {"id": "0"}}', '{"tensorboard": 1}'])
 def test_a_damaged_record_of_what_was_sent_is_named(workdir, monkeypatch, damaged):
     monkeypatch.setattr(trackers, "_TensorBoard", Recorder)

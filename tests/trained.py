@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ambijax
-from ambijax import checkpoint, convert, settings
+from ambijax import checkpoint, convert, prompt, settings
 from ambijax.model import config as model_config
 from ambijax.model import qwen2_audio
 
@@ -37,7 +37,8 @@ def make(directory: Path, *flags: str, base: bool = False, seed: int = 0) -> Pat
         like = qwen2_audio.shapes(model)["lora"]
         trained = {"lora": jax.tree.map(lambda x: 0.05 * jnp.asarray(rng.standard_normal(x.shape, np.float32)), like)}
     with checkpoint.Checkpoints(directory / "checkpoints", keep=1) as saved:
-        saved.save(3, {checkpoint.TRAINED: trained}, {"base": convert.digest(TINY)})
+        meta = {"base": convert.digest(TINY), "tokenizer": prompt.digest(TINY), "lora": config.lora.to_dict()}
+        saved.save(3, {checkpoint.TRAINED: trained}, meta)
     return directory
 
 

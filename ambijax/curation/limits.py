@@ -60,6 +60,9 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
     try:
         seconds = float(value)
     except ValueError:
-        date = email.utils.parsedate_tz(value)
-        seconds = email.utils.mktime_tz(date) - now if date else math.nan
+        try:
+            date = email.utils.parsedate_tz(value)
+            seconds = email.utils.mktime_tz(date) - now if date else math.nan
+        except (ValueError, OverflowError):  # a date beyond all calendars
+            return None
     return max(seconds, 0.0) if math.isfinite(seconds) else None

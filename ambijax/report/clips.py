@@ -30,6 +30,7 @@ def gallery(report: Report, out: Path, *, embed_audio: bool) -> dict:
       embed_audio: puts the sound itself into the page.
     """
     utterances = {u.id: u for u in report.corpus.utterances} if report.corpus else {}
+    own = utterances if report.split.split("-")[0] in manifest.SPLITS else {}  # another corpus may use the same names
     color = figures.colors(report)
     predictions = [{record["id"]: record for record in system.records} for system in report.systems]
     return {
@@ -42,7 +43,7 @@ def gallery(report: Report, out: Path, *, embed_audio: bool) -> dict:
             for name, record in report.clips.items()
         ],
         "rollouts": [
-            {"run": system.name, "color": style.variable(color[system.name]), **_rollout(run, group, utterances)}
+            {"run": system.name, "color": style.variable(color[system.name]), **_rollout(run, group, own)}
             for run, system in zip(report.runs, [s for s in report.systems if not s.base], strict=True)
             for group in run.rollouts
         ],
@@ -79,13 +80,14 @@ def _prediction(record: dict | None) -> dict | None:
 
 def _rollout(run: Run, group: dict, utterances: dict[str, manifest.Utterance]) -> dict:
     """One group of roll-outs of one step; the gold member has no read-out of its own."""
-    utterance = utterances.get(group["id"])
+    utterance, labels = utterances.get(group["id"]), run.config.data.labels
     votes = utterance.votes if utterance else {}
-    total = sum(votes.get(label, 0) for label in run.config.data.labels)
+    total = sum(votes.get(label, 0) for label in labels)
     return {
         "step": str(group.get("step")),
         "id": group["id"],
-        "target": [votes.get(label, 0) / total for label in run.config.data.labels] if total else None,
+        "labels": list(labels),  # those it was trained on, which another corpus need not share
+        "target": [votes.get(label, 0) / total for label in labels] if total else None,
         "transcript": utterance.transcript if utterance else "",
         "members": [
             {

@@ -149,11 +149,11 @@ function steps(text) {
   return [parts, answer ? make("p", { class: "raw" }, `${ANCHOR} `, make("span", { class: "answer" }, answer)) : null];
 }
 
-function bars(target, rows, majority) {
+function bars(target, rows, majority, labels = data.labels) {
   const shown = [{ name: "annotators", color: "human", values: target }, ...rows].filter((row) => row.values);
   const legend = make("div", { class: "legend" }, ...shown.map((row) => make("span", {}, dot(row.color), row.name)));
-  const grid = make("div", { class: "bars", role: "img", "aria-label": shown.map((row) => `${row.name}: ${data.labels.map((label, k) => `${label} ${number(row.values[k])}`).join(", ")}`).join(". ") });
-  data.labels.forEach((label, k) => {
+  const grid = make("div", { class: "bars", role: "img", "aria-label": shown.map((row) => `${row.name}: ${labels.map((label, k) => `${label} ${number(row.values[k])}`).join(", ")}`).join(". ") });
+  labels.forEach((label, k) => {
     grid.append(make("span", { class: k === majority ? "label majority" : "label" }, label), make("span", { class: "track" }, ...shown.map((row) =>
       make("span", { class: "bar" }, make("i", { style: { width: `${84 * row.values[k]}%`, background: color(row.color) } }), row.values[k] >= 0.005 ? number(row.values[k]) : ""))));
   });

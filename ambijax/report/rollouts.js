@@ -1,7 +1,7 @@
 // ---- roll-outs -----------------------------------------------------------------------------------------------------
 
-function mini(values, name) {
-  const label = data.labels.map((word, k) => `${word} ${number(values[k])}`).join(", ");
+function mini(values, name, labels) {
+  const label = labels.map((word, k) => `${word} ${number(values[k])}`).join(", ");
   return make("span", { class: "mini", role: "img", "aria-label": label, title: label },
     ...values.map((p) => make("i", { style: { height: `${100 * p}%`, background: color(name) } })));
 }
@@ -23,7 +23,7 @@ function member(one, group, largest, index) {
   const name = one.gold ? "human" : group.color;
   return make("tr", {},
     make("th", { scope: "row" }, one.gold ? "curated" : `${index + 1}`),
-    make("td", {}, one.readout ? mini(one.readout, name) : "–"),
+    make("td", {}, one.readout ? mini(one.readout, name, group.labels) : "–"),
     make("td", { class: "fact" }, Number.isFinite(one.js) ? `JS ${number(one.js, 3)}` : "–", make("br"), Number.isFinite(one.format) ? `format ${one.format}` : ""),
     make("td", {}, Number.isFinite(one.reward) ? number(one.reward, 3) : "–", Number.isFinite(one.reward) ? parts(one, name) : ""),
     make("td", {}, Number.isFinite(one.advantage) ? number(one.advantage, 2) : "–", Number.isFinite(one.advantage) ? signed(one.advantage, largest, name) : ""),
@@ -36,7 +36,7 @@ function showGroup(group) {
   at("rollout").replaceChildren(make("article", { class: "clip" },
     make("header", {}, make("h3", {}, group.id), make("span", { class: "meta" }, `step ${group.step} · ${group.run}`)),
     make("p", { class: "said" }, group.transcript ? `“${group.transcript}”` : ""),
-    group.target ? bars(group.target, [], group.target.indexOf(Math.max(...group.target))) : null,
+    group.target ? bars(group.target, [], group.target.indexOf(Math.max(...group.target)), group.labels) : null,
     make("div", { class: "scroll" }, make("table", { class: "members" },
       make("thead", {}, make("tr", {}, ...head.map((text) => make("th", { scope: "col" }, text)))),
       make("tbody", {}, ...group.members.map((one, i) => member(one, group, largest, i)))))));

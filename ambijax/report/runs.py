@@ -141,11 +141,12 @@ def _run(directory: Path, split: str) -> Run:
     k = len(labels)
     # Of its own corpus the settings know more than the evaluation, which may have been made on another machine.
     own = split.split("-")[0] in manifest.SPLITS
-    root = config.data.root if own else str(read_object(summary).get("root", config.data.root))
+    told = read_object(summary)
+    root = config.data.root if own else str(told.get("corpus", told.get("root", config.data.root)))
     environment = read_object(directory / "env.json")
     return Run(
         directory=directory,
-        title=_title(directory, config, read_object(summary)),
+        title=_title(directory, config, told),
         config=config,
         environment=environment,
         curves=[_numbers(line) for _, line in _lines(directory / "metrics.jsonl") if finite(line.get("step"))],

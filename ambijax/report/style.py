@@ -110,8 +110,8 @@ def _attributes(match: re.Match) -> str:
     for part in match[1].split(";"):
         name, _, value = (piece.strip() for piece in part.partition(":"))
         if name == "font":
-            weight = "bold " in value
-            found.append(f'font-size="{re.search(r"[0-9.]+px", value)[0]}"' + ' font-weight="bold"' * weight)
+            size, weight = re.search(r"[0-9.]+px", value), "bold " in value
+            found += [f'font-size="{size[0]}"' + ' font-weight="bold"' * weight] if size else []  # or it is in a text
         elif name:
             found.append(f'{name}="{value}"')
     return "".join(f" {attribute}" for attribute in found)
