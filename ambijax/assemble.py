@@ -180,7 +180,7 @@ def splits(config: FrozenConfigDict, everything: manifest.Corpus) -> dict[str, l
     """The utterances to train on, to tune on and to test on; nothing is heard yet."""
     found = manifest.split(everything, config.data.fold, config.data.dev)
     if config.eval.max_clips >= 0:
-        found["test"] = found["test"][: config.eval.max_clips]
+        found["test"] = data.spread(found["test"], config.eval.max_clips)
     return found
 
 

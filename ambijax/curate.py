@@ -53,7 +53,8 @@ def parse(argv: list[str]) -> Options:
       ConfigError: a flag, a key or a value is wrong.
     """
     if {"-h", "--help"} & set(argv):
-        raise SystemExit(f"{__doc__}\n{USAGE}")
+        print(f"{__doc__}\n{USAGE}")
+        raise SystemExit
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("manifest", None, "", flag_values=values)

@@ -64,12 +64,9 @@ class Dataset:
         return len(self.utterances)
 
     def spread(self, size: int) -> "Dataset":
-        """At most `size` of the utterances, evenly spaced; -1: all of them."""
-        if not 0 <= size < len(self):
-            return self
-        chosen = [i * len(self) // size for i in range(size)]
+        """`spread` of the utterances."""
         fields = ("utterances", "examples", "sounds")
-        return dataclasses.replace(self, **{name: tuple(getattr(self, name)[i] for i in chosen) for name in fields})
+        return dataclasses.replace(self, **{name: tuple(spread(getattr(self, name), size)) for name in fields})
 
     @property
     def target(self) -> np.ndarray:
@@ -187,6 +184,13 @@ def prompt_slots(lengths: Sequence[int], frames: Sequence[int], windows: Sequenc
     needed = [audio.window(n, windows) for n in frames]
     longest = {w: max((p for p, n in zip(lengths, needed, strict=True) if n <= w), default=0) for w in windows}
     return tuple(round_up(longest[w]) for w in windows)
+
+
+def spread(items: Sequence, size: int) -> list:
+    """At most `size` of them, evenly spaced; -1: all. What a manifest lists one after another is often alike."""
+    if not 0 <= size < len(items):
+        return list(items)
+    return [items[i * len(items) // size] for i in range(size)]
 
 
 def round_up(tokens: int) -> int:

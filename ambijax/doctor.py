@@ -59,7 +59,8 @@ def corpora() -> dict[str, str]:
 
 def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
-        raise SystemExit(__doc__.strip())
+        print(__doc__.strip())
+        raise SystemExit
     for name, text in (machine() | {"tokenizer": tokenizer()} | corpora()).items():
         print(f"{name:<19}{text}")
     if any(argument.startswith("--config") for argument in sys.argv):

@@ -8,12 +8,12 @@ compiled has only `needs`.
 from ambijax import chips
 
 GIB = 2**30
-KEYS = {  # program -> what makes it smaller, the best first
-    "encode": ("mesh.fsdp and mesh.tensor (more chips)",),
-    "roll-out": ("grpo.samples or dpo.samples", "data.max_tokens", "data.batch_size"),
-    "reference": ("data.batch_size", "loss.chunk", "data.max_tokens"),
-    "update": ("data.batch_size", "loss.chunk", "grpo.samples"),
-    "evaluation": ("eval.batch_size", "data.max_tokens"),
+KEYS = {  # program -> what makes it smaller: first what changes no result, last what makes another experiment
+    "encode": ("use more chips (mesh.fsdp, mesh.tensor)",),
+    "roll-out": ("raise optim.accumulate", "set model.cache=int8", "lower grpo.samples or dpo.samples"),
+    "reference": ("raise optim.accumulate", "lower loss.chunk", "lower data.batch_size"),
+    "update": ("set optim.micro_batch", "set model.remat=nothing_saveable", "lower grpo.samples"),
+    "evaluation": ("lower eval.batch_size", "lower data.max_tokens"),
 }
 
 
@@ -39,9 +39,9 @@ def verdict(program: dict, about: dict) -> str:
         return f"fits with {left / GIB:.1f} GiB to spare"
     held = program["weights"] + program["adapters"] + program["optimizer"]
     if held > about["chip"]["memory"] / 2:
-        way = "use more chips, or a larger mesh.fsdp x mesh.tensor: they split the weights"
+        way = "use more chips, or a larger mesh.fsdp x mesh.tensor: they split the weights; or set model.weights=int8"
     else:
-        way = "lower " + ", then ".join(KEYS[program["name"]])
+        way = ", then ".join(KEYS[program["name"]])
     return f"needs {-left / GIB:.1f} GiB more: {way}"
 
 

@@ -18,7 +18,10 @@ from ambijax import rules
 from ambijax.errors import ConfigError
 from ambijax.workdir import replace
 
-_USAGE = "usage: python -m ambijax.train --config configs/grpoz.py:tiny --workdir runs/tiny [--config.KEY=VALUE ...]"
+_USAGE = (
+    "usage: python -m ambijax.train --config configs/grpoz.py:tiny --workdir runs/tiny [--config.KEY=VALUE ...] "
+    "[--dry_run]"
+)
 _SHOWN = 300  # characters of somebody else's message, which may repeat a whole value
 
 
@@ -31,7 +34,8 @@ def parse(argv: list[str]) -> tuple[FrozenConfigDict, Path]:
       ConfigError: a flag, a key or a value is wrong; all that is wrong is listed at once.
     """
     if {"-h", "--help"} & set(argv):
-        raise SystemExit(_USAGE)
+        print(_USAGE)
+        raise SystemExit
     wrong = []
     changed = [argument for argument in argv if argument.startswith("--config.")]
     if changed and not any(re.match("--?config(=|$)", argument) for argument in argv):
@@ -71,6 +75,8 @@ def _read(argv: list[str]) -> tuple[ConfigDict | FrozenConfigDict, Path]:
             rest = values(argv)[1:]
             config = values.config
             _ = config is None or config.algorithm  # a file that failed to load fails here
+    except flags.UnrecognizedFlagError as error:
+        raise ConfigError(f"{one_line(error)}; {_USAGE}") from error
     except flags.Error as error:
         raise ConfigError(one_line(error)) from error
     except Exception as error:  # a config file is a program of the user's and may fail in any way

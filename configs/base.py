@@ -26,7 +26,7 @@ def get_config(corpus: str) -> ConfigDict:
     c.model = ConfigDict()
     c.model.checkpoint = "Qwen2-Audio-7B-Instruct"  # Hugging Face directory, or one written by ambijax.convert
     c.model.dtype = "bfloat16"  # of base weights and activations; adapters, norms and softmax stay float32
-    c.model.weights = "float"  # int8: the decoder layers' matrices in half the memory, .8 % off (docs/int8.md)
+    c.model.weights = "float"  # int8: the decoder layers' matrices in half the memory; logits .3 % off (docs/int8.md)
     c.model.cache = "float"  # int8: keys and values of a roll-out in about half the memory (docs/int8.md)
     # In float32 on one CPU device "xla" is kernels of our own (ambijax/model/cpu_kernels.py).
     c.model.attention = "xla"  # of tower and prompt; cudnn on GPUs, splash on TPUs: fused kernels, not measured yet
@@ -109,7 +109,7 @@ def get_config(corpus: str) -> ConfigDict:
 
     c.eval = ConfigDict()
     c.eval.batch_size = 16  # clips at once
-    c.eval.max_clips = -1  # of the test split; -1: all
+    c.eval.max_clips = -1  # of the test split, evenly spaced, for a manifest goes by speakers; -1: all
     c.eval.every = 0  # steps between evaluations on dev, and one at the end; 0: none, the paper selects nothing
     c.eval.dev_clips = 256  # of dev for these, evenly spaced; JS has a deviation of .15, so their mean is sure to .01
     c.eval.metric = "js"  # of dev, the lower the better: the checkpoint where it is lowest is kept; or brier, kl
@@ -121,7 +121,7 @@ def get_config(corpus: str) -> ConfigDict:
     c.eval.base = True  # also evaluate the base without adapters; a table needs that once, not in every run
 
     c.log_every = 10  # steps
-    c.watchdog_seconds = 1800.0  # a step that takes longer leaves all stacks in stacks.txt; 7B compiles in minutes
+    c.watchdog_seconds = 1800.0  # a step that takes longer leaves all stacks in stacks-0.txt; 7B compiles in minutes
     c.tracker = ""  # tensorboard | wandb | trackio: sends metrics and a table of predictions there, too
     c.tracker_audio = False  # with sounds, transcripts and reasonings; IEMOCAP's licence forbids that
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from ambijax import checkpoint, doctor, errors, manifest, preflight, rules, settings
+from ambijax import assemble, checkpoint, curate, doctor, errors, manifest, preflight, rules, settings, train
 from ambijax.errors import ConfigError, DataError
 from tests.command import ROOT, SMALL, needs_tiny, run
 
@@ -140,6 +140,21 @@ def test_a_config_file_imports_what_stands_beside_it(directory, tmp_path):
     subprocess.run([sys.executable, "-c", program], cwd=directory, check=True)
 
 
+@pytest.mark.parametrize("main", [train.main, curate.main, doctor.main])
+def test_help_is_no_mistake(main, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["command", "--help"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    shown = capsys.readouterr()
+    assert "python -m ambijax." in shown.out
+    assert not shown.err
+
+
+def test_an_unknown_flag_comes_with_the_known_ones():
+    assert "--dry_run" in said("--dry-run")
+
+
 def test_what_cannot_be_read_is_listed_with_what_can_and_is_wrong():
     message = said("--config.steps=many", "--config.optim.lerning_rate=1", "--config.seed=-1", "--config.log_every=x")
     for part in ("config.steps=many", 'Did you mean "learning_rate"', "seed=-1 must be", "config.log_every=x"):
@@ -165,6 +180,14 @@ def test_a_corpus_without_enough_folds_is_named(tmp_path):
         config, _ = settings.parse([*arguments, *more])
         with pytest.raises(DataError, match=f"no utterance is left for {empty} with data.fold=0"):
             preflight.check_corpus(config, write=True)
+
+
+def test_some_clips_of_the_test_split_are_of_all_its_speakers(tmp_path):
+    """A manifest goes by speakers: the first clips would be those of one."""
+    people = [manifest.Utterance(f"{i}", "a.wav", "", f"s{i // 10}", i // 20, {"anger": 1}) for i in range(60)]
+    argv = ["t", "--config=configs/sft.py:cremad", "--workdir=w", "--config.eval.max_clips=4"]
+    found = assemble.splits(settings.parse(argv)[0], manifest.Corpus(tmp_path, tuple(people)))["test"]
+    assert [u.id for u in found] == ["0", "5", "10", "15"]
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "dpo", "grpo", "grpoz"])

@@ -237,7 +237,9 @@ def test_the_verdict_names_what_is_left_or_what_to_change():
     about = {"chip": dataclasses.asdict(chips.CHIPS["TPU v5 lite"])}
     assert planned.verdict(_program(weights=10 * GIB), about) == "fits with 5.8 GiB to spare"
     assert "mesh.fsdp x mesh.tensor" in planned.verdict(_program(weights=17 * GIB), about)
-    assert "data.batch_size" in planned.verdict(_program(temporaries=17 * GIB), about)
+    assert "model.weights=int8" in planned.verdict(_program(weights=17 * GIB), about)
+    said = planned.verdict(_program(temporaries=17 * GIB), about)
+    assert said.index("optim.micro_batch") < said.index("grpo.samples")  # what changes no result comes first
     assert planned.verdict(_program(needs=20 * GIB), about).startswith("needs 4.2 GiB more")
     assert "not in the table" in planned.verdict(_program(), {"chip": None})
 
