@@ -8,7 +8,6 @@ Guo et al. 2017, arXiv 1706.04599, with the votes' distribution instead of a lab
 """
 
 import numpy as np
-import scipy.optimize
 import scipy.special
 
 from ambijax.errors import NonFiniteError
@@ -24,6 +23,8 @@ def fit(p: np.ndarray, q: np.ndarray) -> float:
     Raises:
       NonFiniteError: a prediction is not a number.
     """
+    import scipy.optimize  # a tenth of a command's start, and most calibrate nothing
+
     p, logits = np.asarray(p, np.float64), _logits(q)
     if not np.all(np.isfinite(logits)):
         raise NonFiniteError("a predicted distribution is not a number; evaluate an earlier checkpoint")

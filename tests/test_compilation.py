@@ -17,7 +17,7 @@ import pytest
 from ambijax import audio, compilation, data, hosts, kept, losses, policy
 from tests import small, trained
 
-WINDOWS = (256, 1024, 3000)
+WINDOWS = (256, 3000)
 OURS = ("XLA_FLAGS", "JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")  # set by conftest.py, not by a user
 COUNT = """
 import jax
@@ -138,7 +138,7 @@ def test_the_last_step_that_compiled_is_known():
     assert programs.compiled + programs.cached == before
 
 
-WARM = (1.0, 5.0, 29.0)  # s, a clip in every window
+WARM = (1.0, 29.0)  # s, a clip in every window
 THEN = (1.3, 2.4, 4.5, 9.9, 10.5, 30.0)
 
 
@@ -179,7 +179,7 @@ def test_nothing_compiles_after_warm_up_over_clips_of_1_to_30_seconds():
         for seconds in WARM:
             lora = step(_prompt([seconds, 1.0], 0), lora, keys[0])
         warm = programs.compiled + programs.cached  # an earlier test of this process may keep programs on disk
-        assert warm >= 3 * 3
+        assert warm >= 2 * 3
         for i, seconds in enumerate(THEN):
             lora = step(_prompt([seconds, 1.0 + i], i), lora, keys[i])
     assert programs.compiled + programs.cached == warm

@@ -169,6 +169,7 @@ def test_a_run_is_heard_on_its_own_base_alone(run, tmp_path):
         ambijax.load(run, checkpoint=tmp_path / name, base=True)
 
 
+@pytest.mark.slow  # compiles programs of its own
 def test_words_of_several_tokens_are_heard_by_every_form_of_a_model(run, clips, tmp_path):
     words = ("neutral", "happy")
     export.export(run, "peft", tmp_path / "peft")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,14 @@ import pytest
 
 from ambijax import checkpoint, digest, manifest, settings
 from ambijax.errors import ConfigError
-from tests.command import lines, needs_tiny, run, train
+from tests.command import assert_same_run, interrupt, lines, logged, needs_tiny, only_message, run, spent, train
 
 pytestmark = needs_tiny
+# Twelve training clips in batches of four: the epoch ends at step 3.
+HOW = [
+    *("--config.steps=4", "--config.data.batch_size=4", "--config.grpo.samples=2", "--config.optim.accumulate=2"),
+    *("--config.eval.every=2", "--config.eval.checkpoint=best"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +27,33 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def grpoz(tmp_path_factory, corpus) -> tuple[Path, str]:
-    """A GRPOz run of three steps, evaluated on dev at 0, 2 and 3, and what it printed."""
+    """A GRPOz run of four steps in two parts each, evaluated on dev at 0, 2 and 4, and what it printed."""
     workdir = tmp_path_factory.mktemp("grpoz") / "run"
-    how = ["--config.steps=3", "--config.grpo.samples=4", "--config.eval.every=2", "--config.eval.checkpoint=best"]
-    code, out, err = run(*train(workdir, corpus, "grpoz", *how))
+    code, out, err = run(*train(workdir, corpus, "grpoz", *HOW))
     assert code == 0, err
     return workdir, out
+
+
+def test_a_run_stopped_in_every_phase_ends_as_if_undisturbed(grpoz, corpus, tmp_path):
+    """F02, F06; more of this in test_faults_signals.py and test_faults_kill.py."""
+    workdir = tmp_path / "run"
+    command = train(workdir, corpus, "grpoz", *HOW)
+    moments = {
+        "imports": lambda process: spent(process) > 0.5,
+        "start-up": lambda _: (workdir / "lock").exists(),
+        "weights, features, compilation": lambda _: (workdir / "env.json").exists(),
+        "training": logged(workdir, 2),
+        "evaluation": lambda _: (workdir / "eval" / "test").exists(),
+    }
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGTERM)
+    for (phase, moment), how in zip(moments.items(), signals, strict=True):
+        code, err, _ = interrupt(command, moment, how)
+        assert code == 75, (phase, err)
+        assert "the same command resumes" in only_message(err), phase
+    code, out, err = run(*command)
+    assert code == 0, err
+    assert "resumed" in out
+    assert_same_run(grpoz[0], workdir)
 
 
 def test_a_run_leaves_what_it_promises_and_prints_the_table(grpoz):
@@ -35,7 +62,7 @@ def test_a_run_leaves_what_it_promises_and_prints_the_table(grpoz):
         assert (workdir / name).exists(), name
     rows = {line.split()[0] for line in out.splitlines() if line.strip()}
     assert {"uniform", "prior", "base", "GRPOz"} <= rows
-    assert [line["step"] for line in lines(workdir / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [line["step"] for line in lines(workdir / "metrics.jsonl")] == [0, 1, 2, 3, 4]
     prediction = lines(workdir / "eval/test/predictions.jsonl")[0]
     assert {"id", "target", "votes", "readout", "js", "reasoning", "forced"} <= prediction.keys()
     np.testing.assert_allclose(sum(prediction["readout"]), 1, atol=1e-6)
@@ -44,12 +71,12 @@ def test_a_run_leaves_what_it_promises_and_prints_the_table(grpoz):
 def test_the_best_on_dev_is_the_runs_model(grpoz):
     workdir, out = grpoz
     scores = {line["step"]: line["dev/js"] for line in lines(workdir / "metrics.jsonl") if "dev/js" in line}
-    assert scores.keys() == {0, 2, 3}
-    noted = {step: digest.read_record(workdir / "checkpoints" / f"step_0000000{step}")["metric"] for step in (2, 3)}
-    assert noted == {step: scores[step] for step in (2, 3)}
+    assert scores.keys() == {0, 2, 4}
+    noted = {step: digest.read_record(workdir / "checkpoints" / f"step_0000000{step}")["metric"] for step in (2, 4)}
+    assert noted == {step: scores[step] for step in (2, 4)}
     assert f"GRPOz as of step {min(noted, key=noted.__getitem__)}, the best on dev" in out
     predicted = lines(workdir / "eval/dev/predictions.jsonl")  # of the last evaluation
-    assert np.mean([record["js"] for record in predicted]) == pytest.approx(scores[3])
+    assert np.mean([record["js"] for record in predicted]) == pytest.approx(scores[4])
     spent = json.loads((workdir / "goodput.json").read_text())["seconds"]
     assert spent["evaluation"] > 0
 
@@ -57,10 +84,10 @@ def test_the_best_on_dev_is_the_runs_model(grpoz):
 def test_advantages_follow_from_the_rewards_that_were_written_down(grpoz):
     workdir, _ = grpoz
     groups = lines(workdir / "samples.jsonl")
-    assert len(groups) == 3 * 4
+    assert len(groups) == 4 * 4
     for line in groups:
         group = line["group"]
-        assert [member.get("gold", False) for member in group] == [False] * 4 + [True]
+        assert [member.get("gold", False) for member in group] == [False] * 2 + [True]
         for member in group[:-1]:
             assert member["reward"] == pytest.approx(1 - member["js"] + member["format"])
         r = np.array([member["reward"] for member in group])
@@ -72,7 +99,7 @@ def test_advantages_follow_from_the_rewards_that_were_written_down(grpoz):
 def test_only_adapters_are_trained(grpoz):
     workdir, _ = grpoz
     step, trained, _ = checkpoint.load_adapters(workdir / "checkpoints", best=False)
-    assert step == 3
+    assert step == 4
     assert trained.keys() == {"lora"}
     projections = trained["lora"]["language_model"]["layers"]
     assert projections.keys() == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
