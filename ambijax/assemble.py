@@ -8,6 +8,7 @@ from pathlib import Path
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import FrozenConfigDict
 
@@ -34,18 +35,18 @@ from ambijax.model import config as model_config
 from ambijax.model import kernels, qwen2_audio
 
 
-def setting(config: FrozenConfigDict) -> Setting:
-    """Mesh, model and tokenizer, checked against each other before any weight is read.
+def setting(config: FrozenConfigDict, devices: Sequence | None = None) -> Setting:
+    """Mesh over `devices` or all there are, model and tokenizer, checked against each other before any weight is read.
 
     Raises:
       ConfigError: lists everything that does not fit.
     """
     shape = model_config.load(config.model.checkpoint)
     _assert_hears_alike(Path(config.model.checkpoint), shape)
-    devices = mesh(config, shape)
+    over = mesh(config, shape, devices)
     vocabulary = prompt.load(config.model.checkpoint, config.data.labels)
     prompt.assert_fits(vocabulary, shape.text.vocab_size, shape.audio_token)
-    return Setting(model=model(config, shape), vocabulary=vocabulary, mesh=devices, config=config)
+    return Setting(model=model(config, shape), vocabulary=vocabulary, mesh=over, config=config)
 
 
 # What `audio.log_mel` computes, as preprocessor_config.json calls it.
@@ -312,7 +313,10 @@ def _replaced(setting: Setting, variables: dict, loaded: dict, run: Path) -> dic
     where = sharding.shardings(like, setting.mesh)
     for collection, tree in loaded.items():
         part = _placed(tree, like[collection], where[collection], run)
-        variables = variables | {collection: optim.merge(part, variables.get(collection, part))}
+        rest = variables.get(collection)
+        if rest is None:  # adapters that were not trained add nothing
+            rest = jax.jit(lambda c=collection: optax.tree.zeros_like(like[c]), out_shardings=where[collection])()
+        variables = variables | {collection: optim.merge(part, rest)}
     return variables
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from ml_collections import FrozenConfigDict
 
 import ambijax
-from ambijax import assemble, manifest, prompt
+from ambijax import assemble, manifest, reasoning
 from ambijax.errors import DataError
 from ambijax.evaluate import COLUMNS
 from ambijax.workdir import read_object
@@ -115,7 +115,7 @@ def _use(about: About) -> str:
         'model.predict("clip.wav").distribution\n```\n\n'
         "With transformers (4.57 or 5), the distribution is the softmax over the logits of class words, of one token "
         "each, right after "
-        f'"{prompt.ANCHOR}": see docs/export.md of ambijax for the program. `ambijax.json` holds the class words.'
+        f'"{reasoning.ANCHOR}": see docs/export.md of ambijax for the program. `ambijax.json` holds the class words.'
     )
 
 

@@ -47,14 +47,21 @@ def _encode(model: Qwen2Audio, variables: dict, mel: jax.Array, frames: jax.Arra
 
 
 def encode(
-    model: Qwen2Audio, variables: dict, mesh: Mesh, clips: Iterable[Clip], windows: tuple[int, ...]
+    model: Qwen2Audio,
+    variables: dict,
+    mesh: Mesh,
+    clips: Iterable[Clip],
+    windows: tuple[int, ...],
+    *,
+    most: int = CLIPS,
 ) -> Iterator[tuple[int, Sound]]:
     """Clips to projected tower output [A, D], a batch of one window at a time, each with its number among the clips.
 
     One program is compiled for each window in use. No output waits for another: a rare long clip holds nothing up.
-    Every process passes all clips, reads those whose rows its devices hold, and gets the sounds of all.
+    Every process passes all clips, reads those whose rows its devices hold, and gets the sounds of all. Where there
+    are fewer clips than a batch holds, `most` says how many, and no more are computed.
     """
-    size = sharding.round_up(CLIPS, mesh)
+    size = sharding.round_up(min(CLIPS, most), mesh)
     mine = sharding.rows(size, mesh)
     n_mels = model.config.audio.num_mel_bins
 

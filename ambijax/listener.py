@@ -32,6 +32,7 @@ from ambijax import (
 )
 from ambijax.agent import Setting
 from ambijax.errors import ConfigError
+from ambijax.model import config as model_config
 from ambijax.model.config import LoraConfig
 
 ABOUT = "ambijax.json"  # in an exported directory: how the model is asked
@@ -55,9 +56,10 @@ _OPTIONS = {  # of a prediction, each held to the bounds of a run's setting
     **{"temperature": "dpo.temperature", "seed": "seed"},
 }
 _NO_LORA = LoraConfig(rank=1, alpha=1.0, dropout=0.0, audio_tower=False)  # of a model without adapters: unused
-_MESH = {"data": 1, "fsdp": -1, "tensor": 1}  # all devices that are here, whatever it was trained on
+_MESH = {"data": 1, "fsdp": -1, "tensor": 1}  # of the devices that are here, whatever it was trained on
 _CHUNK = 32  # positions per slice of vocabulary logits, where class words of several tokens are scored; bounds memory
 _NO_BATCH = 0  # of training, which does not happen; a multiple of any mesh
+_NO_PARTS = {"accumulate": 1, "micro_batch": 0}  # of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +163,8 @@ class Model:
         c, v = self.setting.config, self.setting.vocabulary
         windows = (*c.data.windows, audio.N_FRAMES)  # a clip may be longer than any of the corpus
         clips = [features.Clip(audio.mel_frames(len(clip)), lambda clip=clip: clip) for clip in heard]
-        encoded = dict(features.encode(self.setting.model, self.variables, self.setting.mesh, clips, windows))
+        how = {"most": 1 << (len(heard) - 1).bit_length()}
+        encoded = dict(features.encode(self.setting.model, self.variables, self.setting.mesh, clips, windows, **how))
         sounds = [encoded[i] for i in range(len(clips))]
         tokens = [
             np.array(prompt.encode_prompt(v, text or "", sound.tokens, style=self.setting.style), np.int32)
@@ -244,7 +247,7 @@ def load(
     if "model_type" in hugging_face.read_json(model / "config.json"):
         if base or checkpoint:
             raise ConfigError(f"{model} is a whole checkpoint without adapters; load its base by its own directory")
-        setting = assemble.setting(_config(model, _told(model, labels)))
+        setting = _setting(_config(model, _told(model, labels)))
         with jax.set_mesh(setting.mesh):
             return Model(setting, {"params": assemble.base(setting)})
     config = ConfigDict(settings.load(model).to_dict())
@@ -253,11 +256,20 @@ def load(
         config.model.checkpoint = str(checkpoint or config.model.checkpoint)
         config.data.labels = tuple(labels or config.data.labels)
         config.data.batch_size = _NO_BATCH
+        config.optim.update(_NO_PARTS)
         config.model.attention = config.model.decoding = "xla"  # on whatever device this is
-    setting = assemble.setting(FrozenConfigDict(config))
+    setting = _setting(FrozenConfigDict(config))
     with jax.set_mesh(setting.mesh):
         variables = {"params": assemble.base(setting)}
         return Model(setting, variables if base else assemble.trained(setting, variables, model)[1])
+
+
+def _setting(config: FrozenConfigDict) -> Setting:
+    """On as many of the devices here as can share the weights."""
+    shape = model_config.load(config.model.checkpoint)
+    widths = (shape.text.hidden_size, shape.audio.d_model)
+    count = max(n for n in range(1, jax.device_count() + 1) if all(width % n == 0 for width in widths))
+    return assemble.setting(config, jax.devices()[:count])
 
 
 def _load_peft(directory: Path, base: bool, labels: Sequence[str] | None, checkpoint: str | Path | None) -> Model:
@@ -267,7 +279,7 @@ def _load_peft(directory: Path, base: bool, labels: Sequence[str] | None, checkp
     checkpoint = Path(checkpoint or name)
     if not (checkpoint / "config.json").is_file():
         raise ConfigError(f"{directory} adapts {name!r}, which is not here; say where it lies with checkpoint")
-    setting = assemble.setting(_config(checkpoint, _told(directory, labels), lora, init_from=directory))
+    setting = _setting(_config(checkpoint, _told(directory, labels), lora, init_from=directory))
     with jax.set_mesh(setting.mesh):
         params = assemble.base(setting)
         return Model(setting, {"params": params} if base else assemble.initial(setting, params))
@@ -288,7 +300,7 @@ def about(config: FrozenConfigDict, dtype: str = "") -> dict:
         "labels": list(c.data.labels),
         "system": reasoning.STYLES[style].system,
         "instruction": ask,
-        "anchor": prompt.ANCHOR,
+        "anchor": reasoning.ANCHOR,
         "cot": c.data.cot,
         "style": c.prompt.style,
         "max_tokens": c.data.max_tokens,
@@ -334,7 +346,7 @@ def _config(checkpoint: Path, told: dict, lora: LoraConfig = _NO_LORA, init_from
             "seed": 0,
             "init_from": str(init_from),
             "mesh": _MESH,
-            "optim": {"accumulate": 1, "micro_batch": 0, "train": ("lora/.*",)},
+            "optim": {**_NO_PARTS, "train": ("lora/.*",)},
             "prompt": {"style": told["style"]},
             "data": {
                 **{key: told[key] for key in ("labels", "cot", "max_tokens")},

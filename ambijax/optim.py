@@ -22,7 +22,7 @@ def labels(variables: object, patterns: tuple[str, ...]) -> object:
       patterns: a collection and an expression for paths in it; ('lora/.*',), or ('params/.*',) for full fine-tuning.
 
     Raises:
-      ConfigError: a pattern matches nothing.
+      ConfigError: a pattern matches nothing, or one factor of an adapter without the other.
     """
     paths = sharding.paths(variables)
     # 'lora/a|params/b' is not to reach what it does not begin with: who may train the base is decided by that.
@@ -31,7 +31,12 @@ def labels(variables: object, patterns: tuple[str, ...]) -> object:
     for pattern, match in zip(patterns, matches, strict=True):
         if not any(match.fullmatch(path) for path in jax.tree.leaves(paths)):
             raise ConfigError(f"optim.train: the pattern {pattern!r} matches no variable of the model")
-    return jax.tree.map(lambda path: "train" if any(m.fullmatch(path) for m in matches) else "frozen", paths)
+    found = jax.tree.map(lambda path: "train" if any(m.fullmatch(path) for m in matches) else "frozen", paths)
+    flat = dict(zip(jax.tree.leaves(paths), jax.tree.leaves(found), strict=True))
+    for path, label in flat.items():  # what is frozen is kept nowhere, and half an adapter says nothing
+        if path.startswith("lora/") and path.endswith("/a") and flat.get(path[:-1] + "b", label) != label:
+            raise ConfigError(f"optim.train reaches one of {path} and {path[:-1]}b; train both or neither")
+    return found
 
 
 def split(variables: object, labels: object) -> tuple[object, object]:
@@ -51,7 +56,7 @@ def merge(trained: object, frozen: object) -> object:
 def schedule(peak: float, warmup: float, steps: int) -> optax.Schedule:
     """Linear warm-up over the fraction `warmup` of `steps`, from zero unless it is none, then cosine to zero."""
     if warmup == 0:
-        return optax.cosine_decay_schedule(peak, steps)
+        return optax.cosine_decay_schedule(peak, max(steps, 1))
     rise = max(1, round(warmup * steps))
     return optax.warmup_cosine_decay_schedule(0.0, peak, rise, max(steps, rise + 1))
 

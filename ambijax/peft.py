@@ -127,7 +127,7 @@ def load(directory: str | Path, config: LoraConfig) -> dict:
       config: what the model is built with; rank and alpha must be the adapter's.
 
     Raises:
-      ConfigError: damaged, not finite, of another rank or alpha, or not one pair for every projection of the decoder.
+      ConfigError: damaged, not finite, of another rank or alpha, or without a pair in some layer of a projection.
     """
     theirs, _ = describe(directory)
     if (theirs.rank, theirs.alpha) != (config.rank, config.alpha):
@@ -149,12 +149,14 @@ def load(directory: str | Path, config: LoraConfig) -> dict:
         raise ConfigError(f"{path}: a tensor of layer {layers - 1:.20g} among {len(tensors)}; copy it again")
     lora = {}
     for module, name in _MODULES.items():
+        if not any(f"{name.format(layer)}.lora_{leaf}.weight" in tensors for layer in range(layers) for leaf in "AB"):
+            continue  # adapted are some projections, in all layers
         for leaf in ("a", "b"):
             keys = [f"{name.format(layer)}.lora_{leaf.upper()}.weight" for layer in range(layers)]
             if missing := [key for key in keys if key not in tensors]:
                 raise ConfigError(
                     f"{path}: {len(missing)} missing tensors ({some(missing)}); "
-                    "every attention and feed-forward projection of the decoder needs its pair"
+                    "a projection that is adapted needs its pair in every layer"
                 )
             values = [tensors.pop(key) for key in keys]
             if len({v.shape for v in values}) > 1 or any(v.ndim != 2 for v in values):
@@ -162,6 +164,8 @@ def load(directory: str | Path, config: LoraConfig) -> dict:
             lora[f"{module}/{leaf}"] = np.stack([v.T for v in values]).astype(np.float32)
             if not np.isfinite(lora[f"{module}/{leaf}"]).all():
                 raise ConfigError(f"{path}: {module} holds NaN or infinity; export the adapter again")
+    if not lora and not tensors:
+        raise ConfigError(f"{path} holds no adapter; copy it again")
     if tensors:
         raise ConfigError(f"{path}: {len(tensors)} tensors that this model has no place for ({some(tensors)})")
     return flax.traverse_util.unflatten_dict(lora, sep="/")

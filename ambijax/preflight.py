@@ -9,7 +9,7 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from ambijax import assemble, convert, data, kept, manifest, optim
-from ambijax.algorithms import Setting
+from ambijax.agent import Setting
 from ambijax.errors import AmbijaxError, ConfigError, DataError
 from ambijax.model import qwen2_audio
 from ambijax.workdir import check_writable

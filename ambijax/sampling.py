@@ -59,16 +59,18 @@ def categorical(logits: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
     top = jnp.max(logits, axis=0)
     weights = jnp.pad(jnp.exp(logits - top), [(0, blocks * _BLOCK - size)] + [(0, 0)] * len(rest))
     weights = weights.reshape(blocks, _BLOCK, *rest)
-    running = jnp.cumsum(weights.sum(axis=1), axis=0)
-    block = _first_reaching(running, u[..., 0])
+    block, total = _first_reaching(weights.sum(axis=1), u[..., 0])
     within = jnp.take_along_axis(weights, block[None, None], axis=0)[0]
-    token = block * _BLOCK + _first_reaching(jnp.cumsum(within, axis=0), u[..., 1])
-    return token, top + jnp.log(running[-1])
+    token = block * _BLOCK + _first_reaching(within, u[..., 1])[0]
+    return token, top + jnp.log(total)
 
 
-def _first_reaching(running: jax.Array, u: jax.Array) -> jax.Array:
-    """The first index at which a running sum of weights [N, ...] reaches the share u [...] in (0, 1] of the whole.
+def _first_reaching(weights: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first index at which running sums of weights [N, ...] reach the share u [...] in (0, 1] of all, and all.
 
-    An entry of weight zero reaches nothing that was not reached before it, so it is never taken.
+    Sums of a parallel scan move by a rounding also where a weight is zero; the entry before it is then meant.
     """
-    return jnp.argmax(running >= u * running[-1], axis=0).astype(jnp.int32)
+    running = jnp.cumsum(weights, axis=0)
+    reached = jnp.argmax(running >= u * running[-1], axis=0)
+    index = jnp.arange(len(weights)).reshape(-1, *[1] * u.ndim)
+    return jnp.max(jnp.where((weights > 0) & (index <= reached), index, 0), axis=0).astype(jnp.int32), running[-1]

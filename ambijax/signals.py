@@ -24,7 +24,7 @@ from ambijax.errors import Preempted
 
 CAUGHT = (signal.SIGTERM, signal.SIGINT)
 
-_asked = threading.Event()
+_asked, _agreed = threading.Event(), threading.Event()
 _at_stake: Callable[[], bool] | None = None
 _grace = _linger = 0.0  # seconds
 
@@ -52,9 +52,12 @@ def share(linger: float) -> None:
 
 def ask() -> None:
     """Somebody wants this process to leave."""
+    if _agreed.is_set():
+        return
     if _asked.is_set():
         _leave("stopped at once by a second signal")
-    if _at_stake is None or not _at_stake():
+    at_stake = _at_stake  # once: the loop may end meanwhile
+    if at_stake is None or not at_stake():
         _leave("stopped; every finished step is saved")
     _asked.set()
     late = f"stopped after {_grace:g} s, in which the step under way did not end; the last checkpoint stays"
@@ -70,6 +73,7 @@ def wanted() -> bool:
 
 def heard() -> None:
     """The loop knows already, from another process, that all leave: later word of it asks for nothing more."""
+    _agreed.set()  # first: somebody may be asking this very moment
     _asked.set()
 
 

@@ -100,7 +100,8 @@ class Side:
 
     def _heard(self, clips: list[np.ndarray]) -> list[data.Sound]:
         read = (features.Clip(audio.mel_frames(len(c)), functools.partial(np.asarray, c)) for c in clips)
-        return list(features.encode(self.model, self.variables, self.mesh, read, self.windows))
+        found = dict(features.encode(self.model, self.variables, self.mesh, read, self.windows))
+        return [found[i] for i in range(len(clips))]
 
     def _prompt(self, asked: list[np.ndarray], sounds: list[data.Sound], *, live: bool = False) -> Prompt:
         return data.prompts(

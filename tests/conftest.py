@@ -1,5 +1,6 @@
 """Every test runs on the CPU with eight simulated devices; nothing here needs a GPU, a key or a network."""
 
+import gc
 import importlib.metadata
 import os
 import tempfile
@@ -11,12 +12,17 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_parallel_codegen_split_count=1",
         # The older way to emit fusions takes a third of the time; later versions end at a flag that they do not know.
         "--xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else "",
     ]
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# What tracing makes is mostly kept; looking through all of it time and again took a tenth of the suite.
+gc.set_threshold(100_000, 50, 50)
 
 # One cache of compiled programs for all processes of a session, the commands that tests start included.
 if "PYTEST_XDIST_WORKER" not in os.environ:

@@ -5,6 +5,10 @@ import copy
 import dataclasses
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,25 @@ RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks"
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
 def test_a_page_is_made_from_its_results(file):
     assert file.with_suffix(".md").read_text() == table.markdown(file.stem, json.loads(file.read_text()))
+
+
+PROMPT = """
+import sys
+from pathlib import Path
+from benchmarks import ours, shapes
+shape = shapes.PRESETS["small"]
+side = ours.Side(shape, shapes.make(shape, Path(sys.argv[1])))
+print(side.prompt(2).audio.shape, side.prompt(2, live=True).mel.shape)
+"""
+
+
+def test_what_is_measured_can_be_made(tmp_path):
+    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1")}
+    command = [sys.executable, "-c", PROMPT, str(tmp_path)]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\(2, \d+, \d+\) \(2, \d+, 128\)\n", done.stdout)
 
 
 def test_machines_do_not_replace_each_other():

@@ -56,6 +56,16 @@ def _by_kernels(q, segments):
     return attention(q, segments)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_query_that_is_no_number_stays_none(sign):
+    """Finite values instead would be learned from: the guard sees nothing."""
+    q, k, v = _random(1, 1, 3, 2, 16), _random(1, 2, 3, 16), _random(1, 2, 3, 16)
+    q[0, 0, 1, 0, 5] = np.copysign(np.nan, sign)
+    out = np.asarray(_by_kernels(q, [Segment(k, v, np.ones((1, 1, 3, 3), bool))]))
+    assert np.isnan(out[0, 0, 1, 0]).all()
+    assert np.isfinite(np.delete(out.reshape(6, 16), 2, axis=0)).all()
+
+
 def test_queries_that_see_nothing_disturb_nobody():
     # 0 / 0 would be a value of a token that does not exist, and 0 times that one the loss.
     q, k, v = (_random(1, 1, 40, 2, 16), _random(1, 2, 1, 40, 16), _random(1, 2, 1, 40, 16))

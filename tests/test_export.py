@@ -217,8 +217,8 @@ def test_the_card_says_what_the_run_was(run, tmp_path):
         (copy / "eval" / name).mkdir(parents=True)
         (copy / "eval" / name / "summary.json").write_text(json.dumps(summary))
     export.export(copy, "peft", tmp_path / "out", base_model="Qwen/Qwen2-Audio-7B-Instruct", licence="apache-2.0")
-    card = (tmp_path / "out" / "README.md").read_text()
-    header = card.split("---")[1]
+    text = (tmp_path / "out" / "README.md").read_text()
+    header = text.split("---")[1]
     assert "base_model: Qwen/Qwen2-Audio-7B-Instruct\n" in header
     assert "library_name: peft\n" in header
     assert "license: apache-2.0\n" in header
@@ -231,18 +231,18 @@ def test_the_card_says_what_the_run_was(run, tmp_path):
         "AI Act",
         "2603.08230",
     ):
-        assert words in card, words
-    assert str(tmp_path) not in card
+        assert words in text, words
+    assert str(tmp_path) not in text
     import huggingface_hub
 
-    assert huggingface_hub.ModelCard(card).data.base_model == "Qwen/Qwen2-Audio-7B-Instruct"  # the header is YAML
+    assert huggingface_hub.ModelCard(text).data.base_model == "Qwen/Qwen2-Audio-7B-Instruct"  # the header is YAML
 
 
 def test_an_unevaluated_run_says_so_and_no_card_names_our_directories(exported):
-    card = (exported / "README.md").read_text()
-    assert "Not evaluated" in card
-    assert 'base = "path/to/tiny"' in card
-    assert str(trained.TINY.parent) not in card
+    text = (exported / "README.md").read_text()
+    assert "Not evaluated" in text
+    assert 'base = "path/to/tiny"' in text
+    assert str(trained.TINY.parent) not in text
 
 
 @pytest.mark.parametrize(("own", "said"), [("best", "these weights"), ("last", "after 3 updates")])

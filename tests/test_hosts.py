@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -40,6 +41,19 @@ def main():
 
 errors.run(main)
 """
+
+
+def test_word_that_all_leave_is_no_second_signal(monkeypatch):
+    """It may come from the store while the loop learns the same by itself: the save under way must not be cut."""
+    left = []
+    monkeypatch.setattr(signals, "_leave", left.append)
+    monkeypatch.setattr(signals, "_asked", threading.Event())
+    monkeypatch.setattr(signals, "_agreed", threading.Event())
+    with signals.guarding(lambda: True, 30):
+        signals.heard()
+        assert signals.wanted()
+        signals.ask()
+    assert not left
 
 
 def _environment(process: int, processes: int, port: int, devices: int) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Starting from what an earlier run trained: bit-equal, or one line that says what does not fit."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from ambijax import assemble, checkpoint, convert, prompt, settings, update
+from ambijax import assemble, checkpoint, convert, peft, prompt, settings, update
 from ambijax.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(
@@ -48,6 +49,29 @@ def finished(base, directory: Path, config, meta: dict) -> tuple[Path, dict]:
         saved.save(1, state, about)
     settings.save(config, directory)
     return directory, jax.tree.map(np.asarray, state.trained)
+
+
+def test_a_run_that_trained_some_adapters_is_read_without_the_others(base, tmp_path):
+    some = "--config.optim.train=('lora/language_model/layers/(q|v)_proj/.*',)"
+    run, trained = finished(base, tmp_path / "run", parse("sft", some), {})
+    setting = dataclasses.replace(base[0], config=settings.load(run))
+    with jax.set_mesh(setting.mesh):
+        _, variables = assemble.trained(setting, {"params": base[1]}, run)
+    layers = variables["lora"]["language_model"]["layers"]
+    for name, adapter in layers.items():
+        if name in ("q_proj", "v_proj"):
+            jax.tree.map(np.testing.assert_array_equal, adapter, trained["lora"]["language_model"]["layers"][name])
+        else:
+            assert not any(np.any(x) for x in jax.tree.leaves(adapter))  # they began as nothing and stayed that
+    assert len(layers) == 7
+    # The same as a PEFT adapter; another run that starts from it goes on with fresh ones beside it.
+    held = jax.tree.map(np.asarray, {name: layers[name] for name in ("q_proj", "v_proj")})
+    (tmp_path / "peft").mkdir()
+    peft.save({"language_model": {"layers": held}}, tmp_path / "peft", setting.model.lora, "base")
+    assert "(q_proj|v_proj)" in json.loads((tmp_path / "peft" / peft.CONFIG).read_text())["target_modules"]
+    start = initial(base, parse("grpo", f"--config.init_from={tmp_path / 'peft'}"))["lora"]["language_model"]["layers"]
+    np.testing.assert_array_equal(start["q_proj"]["b"], held["q_proj"]["b"])
+    assert np.any(start["o_proj"]["a"])
 
 
 def test_adapters_of_sft_start_dpo_and_grpo(base, tmp_path):

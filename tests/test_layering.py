@@ -98,6 +98,47 @@ def test_the_walk_sees_imports():
     assert {"assemble", "settings", "algorithms"} <= _imported(PACKAGE / "train.py")
 
 
+def _top_level(path: Path) -> set[str]:
+    """Every name that a module binds for itself, in whatever branch."""
+    found, left = set(), list(ast.parse(path.read_text()).body)
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        else:
+            found |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            left += [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt)]
+    return found
+
+
+def test_what_a_module_takes_from_another_is_there():
+    """Also in commands that run for half an hour before they come to it, and in benchmarks and docs."""
+    root = PACKAGE.parent
+    scripts = [path for folder in ("benchmarks", "configs", "docs", "tests") for path in (root / folder).glob("*.py")]
+    modules = {f"ambijax.{_name(path)}": path for path in _modules()}
+    modules |= {f"{path.parent.name}.{path.stem}": path for path in scripts}
+    names = {name: _top_level(path) for name, path in modules.items()}
+    wrong, seen = [], 0
+    for path in modules.values():
+        tree = ast.parse(path.read_text())
+        known = {
+            alias.asname or alias.name: f"{node.module}.{alias.name}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+            if f"{node.module}.{alias.name}" in names
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known:
+                module, seen = known[node.value.id], seen + 1
+                if node.attr not in names[module] and not node.attr.startswith("__"):
+                    wrong.append(f"{path}:{node.lineno}: {module} has no {node.attr}")
+    assert not wrong
+    assert seen > 1000
+
+
 def test_no_pickle_and_no_remote_code():
     for path in _modules():
         text = path.read_text()

@@ -169,6 +169,16 @@ def test_a_run_is_heard_on_its_own_base_alone(run, tmp_path):
         ambijax.load(run, checkpoint=tmp_path / name, base=True)
 
 
+def test_how_a_run_was_trained_does_not_decide_where_it_is_heard(tmp_path, monkeypatch):
+    """Nothing of the model can be split in three, and parts of a batch are of training alone."""
+    run = trained.make(tmp_path / "run", "--config.optim.micro_batch=1")
+    devices = jax.devices()
+    for count in (2, 3):
+        monkeypatch.setattr(jax, "devices", lambda n=count: devices[:n])
+        monkeypatch.setattr(jax, "device_count", lambda n=count: n)
+        assert dict(ambijax.load(run).setting.mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 1}
+
+
 @pytest.mark.slow  # compiles programs of its own
 def test_words_of_several_tokens_are_heard_by_every_form_of_a_model(run, clips, tmp_path):
     words = ("neutral", "happy")

@@ -192,6 +192,19 @@ def test_a_draw_at_the_edges_takes_no_impossible_word():
     np.testing.assert_array_equal(sampling.categorical(logits.T, u)[0], [300, 499])
 
 
+def test_a_draw_between_two_words_takes_neither_impossible_neighbour():
+    """A parallel scan's sums, here of as many blocks as Qwen2's vocabulary has, move also where nothing is added."""
+    rng = np.random.default_rng(0)
+    weights = np.exp(3 * rng.normal(size=(610, 4000))).astype(np.float32) * (rng.random((610, 4000)) < 0.3)
+    running = np.asarray(jnp.cumsum(weights, axis=0))
+    moved = (np.diff(running, axis=0) > 0) & (weights[1:] == 0)
+    word, column = np.nonzero(moved)
+    assert len(word) > 100
+    u = jnp.asarray(running[word + 1, column] / running[-1, column])
+    token, _ = sampling._first_reaching(jnp.asarray(weights[:, column]), u)
+    assert weights[np.asarray(token), column].min() > 0
+
+
 def test_mask_ends_with_the_end_token(model, variables):
     rolled = _rollout(model, variables, small.prompts(4), samples=64, temperature=1.0)
     tokens, mask = np.asarray(rolled.completions.tokens), np.asarray(rolled.completions.mask)

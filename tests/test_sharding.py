@@ -205,6 +205,14 @@ def test_labels_split_and_merge():
     with pytest.raises(ConfigError, match="'typo' matches no variable"):
         optim.labels(variables, ("lora/.*", "typo"))
     assert optim.labels(variables, ("lora/.*|params/.*",)) == labels  # or a reference would move without a word
+    pair = {"lora": {"q": {"a": jnp.ones(1), "b": jnp.ones(1)}, "v": {"a": jnp.ones(1), "b": jnp.ones(1)}}}
+    assert optim.labels(pair, ("lora/v/.*",))["lora"] == {
+        "q": {"a": "frozen", "b": "frozen"},
+        "v": {"a": "train", "b": "train"},
+    }
+    for half in ("lora/.*/b", "lora/q/a"):  # no checkpoint would hold the other one
+        with pytest.raises(ConfigError, match="one of lora/q/a and lora/q/b; train both or neither"):
+            optim.labels(pair, (half,))
 
 
 def test_the_schedule_begins_at_zero_only_to_warm_up():
@@ -212,6 +220,7 @@ def test_the_schedule_begins_at_zero_only_to_warm_up():
     assert [float(peak(step)) for step in (0, 1, 2, 8)] == [0, 0.5, 1, 0]
     assert float(optim.schedule(1.0, 0.03, 10)(1)) == 1  # one step of it at least
     assert float(optim.schedule(1.0, 0.0, 1)(0)) == 1
+    assert float(optim.schedule(1.0, 0.0, 0)(0)) == 1  # of a run that evaluates its start
     assert float(optim.schedule(1.0, 0.0, 8)(4)) == pytest.approx(0.5)
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import ambijax
-from ambijax import audio, convert, emotions, prompt
+from ambijax import audio, convert, emotions, manifest, prompt, reasoning
 from ambijax.model import config as model_config
 from ambijax.model import qwen2_audio
+from ambijax.tiny import make
 
 TINY = Path(ambijax.__file__).parent / "tiny"
 pytestmark = pytest.mark.skipif(not (TINY / "model.safetensors").exists(), reason="not in this checkout")
@@ -24,6 +25,17 @@ def clip() -> np.ndarray:
     noise = np.random.default_rng(0).normal(size=t.size)
     voice = np.sin(2 * np.pi * (120 + 30 * t) * t) * (1 + np.sin(2 * np.pi * 4 * t))
     return (0.2 * voice + 0.01 * noise).astype(np.float32)
+
+
+def test_its_tokenizer_is_made_of_what_it_reads_and_writes():
+    heard = manifest.Utterance("a", "a.wav", "It is late.", "s", 0, {"anger": 1}, cot="Keywords: loud")
+    texts = list(make.texts(manifest.Corpus(Path(), (heard,))))
+    vocabulary = prompt.load(TINY, emotions.CREMAD)
+    for asked in ("steps", "answer"):
+        assert prompt.instruction("It is late.", emotions.CREMAD, style=asked) in texts
+    assert "Keywords: loud\nFinal emotion:" in texts
+    assert all(reasoning.STYLES["steps"].system in text for text in texts[-3:])
+    assert {i for text in texts for i in vocabulary.encode(text)} <= {*range(1280)}
 
 
 def test_it_is_small():

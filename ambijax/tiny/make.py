@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import tokenizers
 from ml_collections import FrozenConfigDict
 
-from ambijax import assemble, convert, emotions, errors, manifest, prompt, settings
+from ambijax import assemble, convert, emotions, errors, manifest, prompt, reasoning, settings
 from ambijax.model import config as model_config
 from ambijax.model import qwen2_audio
 
@@ -92,9 +92,10 @@ def texts(corpus: manifest.Corpus) -> Iterable[str]:
     for utterance in corpus.utterances:
         for labels in (emotions.CREMAD, emotions.IEMOCAP):
             yield prompt.instruction(utterance.transcript, labels, style="steps")
-        yield f"{utterance.cot}\n{prompt.ANCHOR}"
+        yield f"{utterance.cot}\n{reasoning.ANCHOR}"
         yield prompt.instruction(utterance.transcript, emotions.CREMAD, style="answer")
-        yield from (f"{prompt.SYSTEM} {role}\nAudio 1: \n" for role in ("system", "user", "assistant"))
+        system = reasoning.STYLES["steps"].system
+        yield from (f"{system} {role}\nAudio 1: \n" for role in ("system", "user", "assistant"))
 
 
 def description(t: tokenizers.Tokenizer) -> dict[str, dict]:

@@ -59,7 +59,8 @@ def _largest(row):
 
 @compiled
 def _exp(x):
-    """Of x <= 0, within 2 units of the last place; 0 where that would not be a normal number. Made into vectors."""
+    """Of x <= 0, within 2 units of the last place; 0 where that would not be a normal number, NaN of NaN. Made into
+    vectors."""
     x = x * _LOG2E
     power = np.floor(max(x, np.float32(-126)) + np.float32(0.5))
     z = (x - power) * _LN2
@@ -72,7 +73,7 @@ def _exp(x):
     y = y * z + np.float32(1)
     y = y * z + np.float32(1)
     y *= _as_float((np.int32(power) + np.int32(127)) << np.int32(23))
-    return y if x > np.float32(-126) else np.float32(0)
+    return np.float32(0) if x <= np.float32(-126) else y
 
 
 @compiled
@@ -181,7 +182,7 @@ def _softmax(row, seen):
         top = max(top, _largest(row[seen[s, 0] : seen[s, 1]]))
     for s in range(seen.shape[0]):
         total += _exp_all(row[seen[s, 0] : seen[s, 1]], top)
-    return top, max(total, np.float32(1))  # of a query that sees nothing it would be 0
+    return top, np.float32(1) if total < np.float32(1) else total  # of a query that sees nothing it would be 0
 
 
 @compiled
