@@ -21,9 +21,6 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-# What tracing makes is mostly kept; looking through all of it time and again took a tenth of the suite.
-gc.set_threshold(100_000, 50, 50)
-
 # One cache of compiled programs for all processes of a session, the commands that tests start included.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _compiled = tempfile.TemporaryDirectory(prefix="ambijax-compiled-")
@@ -41,6 +38,9 @@ from pathlib import Path
 
 import absl.logging
 import pytest
+
+# What tracing makes is mostly kept; looking through all of it time and again took a tenth of the suite.
+gc.set_threshold(100_000, 50, 50)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

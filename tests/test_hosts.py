@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ambijax import hosts
+from ambijax import hosts, signals
 from ambijax.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
