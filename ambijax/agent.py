@@ -15,6 +15,13 @@ from ambijax.model.qwen2_audio import Qwen2Audio
 from ambijax.packing import packing
 from ambijax.structs import Completions, Prompt, Rollout
 
+TITLES = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO", "grpoz": "GRPOz"}
+
+
+def title(config: FrozenConfigDict) -> str:
+    """What a run's model is called in tables."""
+    return TITLES[config.algorithm] if config.steps else "start"
+
 
 def style(config: FrozenConfigDict) -> str:
     """How a model is asked to answer, one of `reasoning.STYLES`."""

@@ -165,18 +165,14 @@ def _group(
 ) -> Group:
     """Puts a rewarded group on the devices, with what the old and the reference policy say of it where it is asked."""
     c = setting.config.grpo
-    sampled = np.arange(advantages.shape[1]) < np.full((len(advantages), 1), c.samples)
-    host = {"loss_mask": loss_mask, "advantages": advantages.astype(np.float32), "sampled": sampled}
-    host["logp_drawn"] = logp_drawn
+    host = {"loss_mask": loss_mask, "advantages": advantages.astype(np.float32), "logp_drawn": logp_drawn}
     on_device = sharding.place(setting.pack(asked, completions), setting.mesh)
-    without_gold = jax.tree.map(lambda x: x[:, : c.samples], completions)
-    logp_old, logp_ref = sharding.place(
-        [np.zeros(x.mask.shape, np.float32) for x in (completions, without_gold)], setting.mesh
-    )
+    logp_old = logp_ref = None
     if c.updates > 1:
         logp_old = setting.score(variables, placed.prompt, on_device, {}, c.temperature).logp
     if c.beta_kl > 0:  # to the reference, of what was sampled
-        given = sharding.place(setting.pack(asked, without_gold), setting.mesh)
+        sampled = jax.tree.map(lambda x: x[:, : c.samples], completions)
+        given = sharding.place(setting.pack(asked, sampled), setting.mesh)
         logp_ref = setting.score({"params": variables["params"]}, placed.prompt, given, {}, c.temperature).logp
     mine = sharding.place(host, setting.mesh)
     return Group(
@@ -214,8 +210,8 @@ def group_loss(setting: Setting, variables: dict, collected: Group, rngs: dict) 
         rho = jnp.exp(scores.logp - old)[:, :k]
         aux["clipped"] = mean((rho < 1 - c.grpo.eps_low) | (rho > 1 + c.grpo.eps_high))
     if c.grpo.gold_gamma > 0:
-        shaped = losses.shaped_imitation(scores.logp, collected.advantages, c.grpo.gold_gamma)
-        per_token = jnp.where(collected.sampled[..., None], per_token, shaped)
+        shaped = losses.shaped_imitation(scores.logp[:, k:], collected.advantages[:, k:], c.grpo.gold_gamma)
+        per_token = jnp.concatenate([per_token[:, :k], shaped], axis=1)
     if c.grpo.beta_kl > 0:
         k3 = losses.k3(scores.logp[:, :k], collected.logp_ref)
         aux["kl_to_reference"] = mean(k3)

@@ -134,7 +134,7 @@ def base(setting: Setting) -> dict:
 
 
 # Settings that may change between the parts of a run; every other one makes it another run.
-_FREE = ("mesh", "hosts", "checkpoint", "warn", "log_every", "watchdog_seconds", "tracker", "tracker_audio")
+FREE = ("mesh", "hosts", "checkpoint", "warn", "log_every", "watchdog_seconds", "tracker", "tracker_audio")
 
 
 def identity(config: FrozenConfigDict) -> dict:
@@ -143,7 +143,7 @@ def identity(config: FrozenConfigDict) -> dict:
     Raises:
       ConfigError, DataError: the model or the corpus is missing or broken.
     """
-    kept = {key: value for key, value in config.to_dict().items() if key not in _FREE}
+    kept = {key: value for key, value in config.to_dict().items() if key not in FREE}
     # Dev scores of other clips or measures are not to be compared.
     kept["eval"] = {key: config.eval[key] for key in ("max_clips", "dev_clips", "metric")}
     del kept["data"]["root"], kept["data"]["features"], kept["model"]["checkpoint"]  # they may move
@@ -259,7 +259,7 @@ def initial(setting: Setting, params: dict, *, resumes: bool = False) -> dict:
         earlier, wrong = {"lora": peft.load(start, setting.model.lora)}, []
     else:
         best = settings.load(start).eval.checkpoint == "best"
-        _, earlier, meta = checkpoint.load_adapters(start / "checkpoints", best=best)
+        _, earlier, meta = checkpoint.load_trained(start / "checkpoints", best=best)
         wrong = _differences(config, meta)
     labels = flax.traverse_util.flatten_dict(optim.labels(variables, config.optim.train), sep="/")
     if frozen := [path for path in flax.traverse_util.flatten_dict(earlier, sep="/") if labels.get(path) == "frozen"]:
@@ -301,7 +301,7 @@ def trained(setting: Setting, variables: dict, run: Path) -> tuple[int, dict]:
       ConfigError: it holds no checkpoint, or was trained on another base than the setting's.
     """
     config = setting.config
-    step, loaded, meta = checkpoint.load_adapters(run / "checkpoints", best=config.eval.checkpoint == "best")
+    step, loaded, meta = checkpoint.load_trained(run / "checkpoints", best=config.eval.checkpoint == "best")
     if wrong := _differences(config, meta):
         raise ConfigError(f"{run}: " + "; ".join(wrong))
     return step, _replaced(setting, variables, loaded, run)

@@ -36,7 +36,6 @@ N_SAMPLES = SECONDS * SAMPLE_RATE  # 480,000 samples in the full window
 N_FRAMES = N_SAMPLES // HOP  # 3,000 mel frames in the full window
 SILENT_FRAMES = 2  # mel frames of silence after a clip that make a shorter window exact
 N_MELS = 128  # mel bands of Qwen2-Audio
-MAX_TOKENS = N_FRAMES // 4  # 750 audio tokens: the convolutions halve the frames, the pooling halves them again
 BLOCK = 100  # mel frames transformed at once, so that the temporaries stay in the cache: twice as fast
 
 POWER_FLOOR = 1e-10  # mel power below this counts as silence

@@ -10,7 +10,7 @@ from pathlib import Path
 from ml_collections import FrozenConfigDict
 
 import ambijax
-from ambijax import assemble, manifest, reasoning
+from ambijax import agent, assemble, manifest, reasoning
 from ambijax.errors import DataError
 from ambijax.evaluate import COLUMNS
 from ambijax.workdir import read_object
@@ -27,7 +27,6 @@ _CORPUS_LICENCES = {
     "IEMOCAP": "IEMOCAP: the USC licence, for research; neither audio nor transcripts may be passed on, and this "
     "directory holds none.",
 }
-_TITLES = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO", "grpoz": "GRPOz"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -50,7 +49,7 @@ def render(about: About) -> str:
     described = _corpus_description(c)
     licences = [text for name, text in _CORPUS_LICENCES.items() if name in described]
     sections = {
-        f"Emotion as a distribution: {_TITLES[c.algorithm]} on {Path(about.base_model).name}": _what(about),
+        f"Emotion as a distribution: {agent.TITLES[c.algorithm]} on {Path(about.base_model).name}": _what(about),
         "Use": _use(about),
         "Data": f"{described}\n\nClasses: {', '.join(c.data.labels)}. The speakers of fold {c.data.fold} are held out.",
         "Training": _training(about),
@@ -136,7 +135,7 @@ def _training(about: About) -> str:
         assemble.trains_base(c)
     )
     rows = {
-        "algorithm": _TITLES[c.algorithm],
+        "algorithm": agent.TITLES[c.algorithm],
         "trained": "; ".join(trained),
         "updates": f"{about.step} of {c.steps}" + ", the best on dev" * about.best,
         "batch": f"{c.data.batch_size} prompts",

@@ -31,7 +31,7 @@ from ambijax import digest, hosts, rules
 from ambijax.errors import ConfigError, NonFiniteError
 from ambijax.workdir import check_writable
 
-TRAINED = "trained"  # the field of structs.TrainState that `load_adapters` reads
+TRAINED = "trained"  # the field of structs.TrainState that `load_trained` reads
 
 _STEP = re.compile(r"step_\d{8,}")
 _STALE = re.compile(r"step_\d{8,}\..*tmp|.*\.orbax-checkpoint-tmp.*")
@@ -211,7 +211,7 @@ class Checkpoints:
         return self.latest, tree.unflatten(jax.device_put(arrays[name], leaf.sharding) for name, leaf in wanted.items())
 
 
-def load_adapters(directory: Path, *, best: bool) -> tuple[int, dict, dict]:
+def load_trained(directory: Path, *, best: bool) -> tuple[int, dict, dict]:
     """The trainable parameters alone, for a reader that knows nothing of the optimizer.
 
     Args:
@@ -222,7 +222,7 @@ def load_adapters(directory: Path, *, best: bool) -> tuple[int, dict, dict]:
       (step, variables as in TrainState.trained with numpy leaves, meta).
 
     Raises:
-      ConfigError: no checkpoint, none intact, none with adapters, or an unknown format.
+      ConfigError: no checkpoint, none intact, none with what was trained, or an unknown format.
     """
     paths = _steps(directory)
     if best and (first := _best(paths)):

@@ -144,7 +144,7 @@ def prompts(
     if lengths.max() > length:
         raise ConfigError(
             f"a prompt of {lengths.max()} tokens is longer than the {length} slots that were declared for windows of "
-            f"{window} mel frames; declare slots for all prompts that will be asked (data.prompt_slots)"
+            f"{window} mel frames; declare slots for all prompts that will be asked (`prompt_slots` of ambijax/data.py)"
         )
     if live_tower:
         heard = {"mel": np.stack([s.values for s in sounds]), "frames": np.array([s.frames for s in sounds], np.int32)}

@@ -60,7 +60,7 @@ def export(
     """
     config = settings.load(run)
     best = best or config.eval.checkpoint == "best"
-    step, trained, meta = checkpoint.load_adapters(run / "checkpoints", best=best)
+    step, trained, meta = checkpoint.load_trained(run / "checkpoints", best=best)
     base_model = base_model or config.model.checkpoint
     about = card.About(run=run, config=config, kind=kind, step=step, best=best, base_model=base_model, licence=licence)
     if kind == "peft":

@@ -25,6 +25,7 @@ import numpy as np
 
 from ambijax.emotions import soft_label
 from ambijax.errors import ConfigError, DataError
+from ambijax.workdir import replace
 
 SPLITS = ("train", "dev", "test")
 
@@ -81,16 +82,8 @@ def write(corpus: Corpus) -> None:
         "labels": list(corpus.labels),
     }
     lines = (json.dumps(dataclasses.asdict(utterance), ensure_ascii=False) for utterance in corpus.utterances)
-    _replace(corpus.root / "corpus.json", [json.dumps(about, ensure_ascii=False)])
-    _replace(corpus.root / "manifest.jsonl", lines)
-
-
-def _replace(path: Path, lines: Iterable[str]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    with partial.open("x", encoding="utf-8", newline="\n") as file:
-        file.writelines(f"{line}\n" for line in lines)
-    partial.replace(path)
+    replace(corpus.root / "corpus.json", json.dumps(about, ensure_ascii=False) + "\n")
+    replace(corpus.root / "manifest.jsonl", "".join(f"{line}\n" for line in lines))
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Utterance)}

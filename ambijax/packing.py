@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import numpy as np
 
-EIGHTHS = (4, 5, 6)  # of all slots, that tokens may be put into: each is a program of its own, and so are all slots
+EIGHTHS = (4, 5, 6)  # of all slots a packed batch has, each with a program of its own; a fuller batch stays as it is
 
 
 @flax.struct.dataclass

@@ -82,11 +82,9 @@ def _prepared(case: Case) -> tuple[Setting, dict]:
     chip = chips.find(devices[0].device_kind)
     about = {
         "config": case.name,
-        "algorithm": case.config.algorithm,
         "topology": case.topology or "this machine",
         "devices": len(devices),
         "kind": devices[0].device_kind,
-        "hosts": len({d.process_index for d in devices}),
         "chip": dataclasses.asdict(chip) if chip else None,
         "mesh": dict(setting.mesh.shape),
         "model": model,

@@ -154,7 +154,7 @@ class _Writer(NamedTuple):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B, G, D] -> float32 [V, B, G]."""
-        # Before a barrier the product stays as it is written, where XLA would put its operands back in order.
+        # The barrier keeps XLA from swapping the product's operands back.
         return jax.lax.optimization_barrier(product(self.head, jnp.moveaxis(hidden, -1, 0), jnp.float32))
 
     def decode(self, token: jax.Array, t: jax.Array, own: Past) -> tuple[jax.Array, Past]:

@@ -186,11 +186,10 @@ def _collected(setting: Setting, rows: Callable, asked: Prompt) -> Batch | Prefe
         tokens=rows((b,), jnp.float32),
         ce_mask=rows((b, 1, t), bool),
         advantages=rows((b, g), jnp.float32),
-        logp_old=rows((b, g, t), jnp.float32),
-        logp_ref=rows((b, c.grpo.samples, t), jnp.float32),
         logp_drawn=rows((b, c.grpo.samples, t), jnp.float32),
-        sampled=rows((b, g), bool),
         target=target,
+        logp_old=rows((b, g, t), jnp.float32) if c.grpo.updates > 1 else None,
+        logp_ref=rows((b, c.grpo.samples, t), jnp.float32) if c.grpo.beta_kl > 0 else None,
     )
 
 

@@ -168,9 +168,9 @@ RULES = {
     "grpo.gold_adv_clip": _real(_POSITIVE, math.inf),
 }
 
+FREED = ("tracker", "tracker_audio")  # what once had to be equal to resume
 # Keys that came later, with what a run did before it could say so: history, which no new run is given. A new key goes
 # here too, or the runs of earlier versions can no longer be read.
-FREED = ("tracker", "tracker_audio")  # what once had to be equal to resume
 ADDED = {
     "tracker": "",
     "tracker_audio": False,

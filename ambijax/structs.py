@@ -74,11 +74,10 @@ class Group:
     tokens: Array  # float32 [B], all the same: tokens the surrogate covers a prompt, mean over the whole batch
     ce_mask: Array  # bool [B, 1, T], the gold tokens that plain cross entropy covers
     advantages: Array  # float32 [B, G]
-    logp_old: Array  # float32 [B, G, T], under the policy that sampled
-    logp_ref: Array  # float32 [B, K, T], those sampled under the reference policy
-    logp_drawn: Array  # float32 [B, K, T], those sampled as the roll-out saw them, which decodes by other programs
-    sampled: Array  # bool [B, G], False for gold: it was not sampled, so it has no KL to the reference
+    logp_drawn: Array  # float32 [B, K, T], of those sampled, as the roll-out saw it, which decodes by other programs
     target: Array  # float32 [B, K]
+    logp_old: Array | None = None  # float32 [B, G, T], under the policy that sampled, where several updates follow
+    logp_ref: Array | None = None  # float32 [B, K, T], of those sampled under the reference, where that counts
 
 
 @flax.struct.dataclass

@@ -25,6 +25,7 @@ import tqdm
 from ml_collections import FrozenConfigDict
 
 from ambijax import (
+    agent,
     algorithms,
     assemble,
     checkpoint,
@@ -120,7 +121,7 @@ def loop(run: Run, state: TrainState, programs: compilation.Programs) -> TrainSt
     config, saved, clock = run.setting.config, run.saved, run.clock
     first = done = int(state.step)
     leave, last_save = False, time.monotonic()
-    bar = tqdm.tqdm(range(first, config.steps), algorithm_title(config), config.steps, initial=first, unit="step")
+    bar = tqdm.tqdm(range(first, config.steps), agent.title(config), config.steps, initial=first, unit="step")
     with (
         Log(hosts.notes(run.directory), first) as log,
         Watchdog(run.directory / f"stacks-{jax.process_index()}.txt", config.watchdog_seconds) as watchdog,
@@ -215,7 +216,7 @@ def assess(run: Run, state: TrainState, step: int) -> dict[str, float]:
 
 def report(run: Run, state: TrainState) -> str:
     """Evaluates base and the run's model on the test split; returns their table beside the floors."""
-    config, test, title = run.setting.config, run.sets["test"], algorithm_title(run.setting.config)
+    config, test, title = run.setting.config, run.sets["test"], agent.title(run.setting.config)
     variables, chosen = run.variables(state), ""
     rows = dict(floors := evaluate.floors(config, run.sets["train"].utterances, test.utterances))
     if config.eval.base and not assemble.trains_base(config):  # else the base is gone
@@ -230,12 +231,6 @@ def report(run: Run, state: TrainState) -> str:
     rows[title] = evaluate.run(run.setting, variables, test, where, title, rows=floors, base=False, wait=True)
     held_out = len({u.speaker for u in test.utterances})
     return f"\n{len(test)} clips of {held_out} held-out speakers{chosen}\n{evaluate.table(rows)}"
-
-
-def algorithm_title(config: FrozenConfigDict) -> str:
-    if config.steps == 0:
-        return "start"
-    return {"grpoz": "GRPOz"}.get(config.algorithm, config.algorithm.upper())
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from ambijax import guard, optim, sharding
 from ambijax.agent import Setting
 from ambijax.structs import TrainState
 
-DROPOUT = 2**31 - 1  # folded into a step's key for dropout, less a micro-batch's number; examples count from 0
+DROPOUT = 2**31 - 1  # less a micro-batch's number, folded into a step's key: no example is numbered so high
 
 
 def start(config: FrozenConfigDict, variables: dict) -> tuple[TrainState, dict, optax.GradientTransformation]:

@@ -18,6 +18,7 @@ CHAPTERS = {
     "Sound": ["audio", "acoustics", "features"],
     "Reasoning and prompts": ["reasoning", "prompt", "teacher"],
     "The model": ["policy", "sampling", "packing", "readout", "convert", "checkpoint", "sharding", "structs"],
+    "A run": ["agent", "assemble"],
     "Learning": ["losses", "rewards", "algorithms", "optim", "update"],
     "Measuring": ["metrics", "significance", "calibration", "slices", "bounds", "predictions", "evaluate"],
     "Settings and errors": ["settings", "errors"],

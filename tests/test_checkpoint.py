@@ -21,7 +21,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ambijax import digest, guard
-from ambijax.checkpoint import Checkpoints, check_meta, load_adapters
+from ambijax.checkpoint import Checkpoints, check_meta, load_trained
 from ambijax.errors import ConfigError, NonFiniteError
 from ambijax.structs import TrainState
 
@@ -155,8 +155,8 @@ def test_keeps_the_newest_and_the_best(tmp_path):
             if metric is not None:
                 checkpoints.score(step, metric)
     assert names(tmp_path) == ["step_00000020", "step_00000040", "step_00000050"]
-    assert load_adapters(tmp_path, best=True)[0] == 20
-    assert load_adapters(tmp_path, best=False)[0] == 50
+    assert load_trained(tmp_path, best=True)[0] == 20
+    assert load_trained(tmp_path, best=False)[0] == 50
 
 
 def test_a_score_is_noted_whole_or_not_at_all(root, monkeypatch, caplog):
@@ -188,16 +188,16 @@ def test_a_step_on_disk_is_not_written_again(root):
 
 
 def test_adapters_load_without_knowing_the_tree(root, caplog):
-    step, trained, meta = load_adapters(root, best=False)
+    step, trained, meta = load_trained(root, best=False)
     assert step == 20
     assert meta == json.loads(json.dumps(META))
     np.testing.assert_array_equal(trained["lora"]["q_proj"]["a"], make_state(20).trained["lora"]["q_proj"]["a"])
     assert jax.tree.structure(trained) == jax.tree.structure({"lora": {"q_proj": {"a": 0, "b": 0}}})
     (root / "step_00000020" / "state" / "manifest.ocdbt").write_bytes(b"")
-    assert load_adapters(root, best=False)[0] == 10
+    assert load_trained(root, best=False)[0] == 10
     assert len(caplog.records) == 1
     with pytest.raises(ConfigError, match=r"no checkpoint in .*elsewhere"):
-        load_adapters(root / "elsewhere", best=False)
+        load_trained(root / "elsewhere", best=False)
 
 
 # What lies about beside the checkpoints (F13).
@@ -330,7 +330,7 @@ def test_a_best_one_that_is_damaged_is_said_and_not_kept(root, caplog, file):
         checkpoints.score(10, 0.1)
         checkpoints.score(20, 0.2)
     (root / "step_00000010" / file).write_bytes(b"{}")
-    for read in (lambda: restored(root)[0], lambda: load_adapters(root, best=True)[0]):
+    for read in (lambda: restored(root)[0], lambda: load_trained(root, best=True)[0]):
         caplog.clear()
         assert read() == 20
         (line,) = [record.getMessage() for record in caplog.records]
@@ -399,7 +399,7 @@ def test_when_all_are_damaged_the_run_does_not_start_over(root):
     assert f"{root}/step_00000010 (digest.json is missing)" in str(error.value)
     assert f"{root}/step_00000020 (state/_METADATA is altered)" in str(error.value)
     with pytest.raises(ConfigError, match="no checkpoint is intact"):
-        load_adapters(root, best=True)
+        load_trained(root, best=True)
 
 
 def test_a_damaged_newer_checkpoint_never_displaces_a_good_one(root):

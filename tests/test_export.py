@@ -285,7 +285,7 @@ def test_digests_are_of_every_file(exported):
 def test_best_is_the_best(tmp_path, run):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    _, weights, meta = checkpoint.load_adapters(run / "checkpoints", best=False)
+    _, weights, meta = checkpoint.load_trained(run / "checkpoints", best=False)
     shutil.rmtree(copy / "checkpoints")
     with checkpoint.Checkpoints(copy / "checkpoints", keep=2) as saved:
         for step, metric in ((1, 0.2), (2, 0.3)):
@@ -393,7 +393,7 @@ def test_a_killed_export_is_not_accepted(tmp_path, run, after):
 
 
 def adapters_of(run: Path) -> dict:
-    return checkpoint.load_adapters(run / "checkpoints", best=False)[1]["lora"]
+    return checkpoint.load_trained(run / "checkpoints", best=False)[1]["lora"]
 
 
 CONFIG = LoraConfig(rank=8, alpha=16.0, dropout=0.0, audio_tower=False)

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 import ambijax
 from ambijax import audio, errors, export, listener, listing, policy, predict
 from ambijax.errors import ConfigError, DataError
+from configs import base as configured
 from tests import small, trained
 
 tiny = pytest.mark.skipif(not (trained.TINY / "model.safetensors").exists(), reason="not in this checkout")
@@ -192,6 +193,13 @@ def test_words_of_several_tokens_are_heard_by_every_form_of_a_model(run, clips, 
 def test_a_bare_checkpoint_listens(clips):
     bare = ambijax.load(trained.TINY, labels=("neutral", "anger"))
     assert [*bare.predict(clips[0]).distribution] == ["neutral", "anger"]
+
+
+def test_a_checkpoint_that_says_nothing_is_asked_as_a_trained_one():
+    for key, value in listener._UNTOLD.items():
+        section, name = listener._SETTINGS[key].split(".")
+        said = configured.get_config("cremad")[section][name]
+        assert (list(said) if isinstance(said, tuple) else said) == value, key
 
 
 # --- listing

@@ -98,7 +98,7 @@ def test_advantages_follow_from_the_rewards_that_were_written_down(grpoz):
 
 def test_only_adapters_are_trained(grpoz):
     workdir, _ = grpoz
-    step, trained, _ = checkpoint.load_adapters(workdir / "checkpoints", best=False)
+    step, trained, _ = checkpoint.load_trained(workdir / "checkpoints", best=False)
     assert step == 4
     assert trained.keys() == {"lora"}
     projections = trained["lora"]["language_model"]["layers"]

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ambijax.errors import ConfigError, DataError
+from ambijax.workdir import replace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +107,8 @@ def forget_failed(path: Path) -> None:
     """Rewrites the results without the failed items, whole or not at all, so that this run tries them again."""
     if not path.is_file():
         return
-    records = results(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    with partial.open("xb") as file:
-        file.writelines(_line(record) for record in records if record["status"] != "failed")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    lines = (_line(record).decode() for record in results(path) if record["status"] != "failed")
+    replace(path, "".join(lines))
 
 
 def _line(record: Mapping[str, object]) -> bytes:

@@ -16,8 +16,8 @@ import numpy as np
 from ml_collections import FrozenConfigDict
 
 from ambijax import manifest, metrics, settings
+from ambijax.agent import title
 from ambijax.errors import AmbijaxError, ConfigError, DataError
-from ambijax.train import algorithm_title
 from ambijax.workdir import read_object
 
 BASE = "base"
@@ -161,7 +161,7 @@ def _run(directory: Path, split: str) -> Run:
 
 def _title(directory: Path, config: FrozenConfigDict, summary: dict) -> str:
     """GRPOz; of a bare checkpoint, in which nothing was trained, the name of its directory."""
-    return directory.name if summary.get("algorithm") == "base" else algorithm_title(config)
+    return directory.name if summary.get("algorithm") == "base" else title(config)
 
 
 def _numbers(line: dict) -> dict[str, float]:
