@@ -34,6 +34,7 @@ class System:
     targets: np.ndarray  # [N, K]
     values: dict[str, np.ndarray]  # measure -> [N]
     runs: dict[str, np.ndarray]  # measure -> mean of each run
+    asked: tuple[frozenset[str], ...]  # the utterances of each run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +58,11 @@ def read(runs: Sequence[Path], evaluation: str) -> System:
       DataError: a run has none, or not all, or they are of different classes.
     """
     values: dict[str, list[dict[str, float]]] = {}
-    speakers, targets, means, labels = {}, {}, [], set()
+    speakers, targets, means, labels, asked = {}, {}, [], set(), []
     for run in runs:
         records, classes = _finished(run, evaluation)
         labels.add(classes)
+        asked.append(frozenset(record["id"] for record in records))
         p, q = (np.array([record[key] for record in records]) for key in ("target", "readout"))
         found = metrics.per_utterance(p, q)
         means.append({name: value.mean() for name, value in found.items()})
@@ -79,6 +81,7 @@ def read(runs: Sequence[Path], evaluation: str) -> System:
         targets=np.array([targets[i] for i in sorted(values)]),
         values={m: np.array([np.mean([v[m] for v in values[i]]) for i in sorted(values)]) for m in means[0]},
         runs={m: np.array([mean[m] for mean in means]) for m in means[0]},
+        asked=tuple(asked),
     )
 
 
@@ -123,6 +126,11 @@ def differences(systems: Sequence[System], config: FrozenConfigDict) -> list[Dif
                 f"{first.name} and {system.name} predict different utterances, {len(odd)} stand in one alone, for one "
                 f"{min(odd)}; compare the same folds"
             )
+        if several and system.asked != first.asked:
+            raise DataError(
+                f"the runs of {first.name} and {system.name} were not asked about the same utterances one by one; give "
+                "both in the same order of folds"
+            )
         votes = np.isclose(first.targets, system.targets).all(axis=1)
         if not votes.all():
             raise DataError(
@@ -130,6 +138,10 @@ def differences(systems: Sequence[System], config: FrozenConfigDict) -> list[Dif
                 f"{first.ids[votes.argmin()]}; evaluate again"
             )
         clusters = first.speakers if e.cluster == "speaker" else None
+        if clusters is not None and len(set(clusters.tolist())) < 2:
+            raise DataError(
+                f"{first.name} is of one speaker; there is no interval over speakers, eval.cluster=utterance is"
+            )
         how = {"seed": 0, "samples": e.resamples, "clusters": clusters}
         for measure, a in first.values.items():
             b = system.values[measure]

@@ -73,9 +73,12 @@ def summarise(records: list[dict]) -> dict[str, float]:
 
 
 def intervals(records: list[dict], config: FrozenConfigDict) -> dict[str, list[float]]:
-    """Bootstrap interval of each measure's mean, over utterances or over speakers as eval.cluster says."""
+    """Bootstrap interval of each measure's mean, over utterances or over speakers as eval.cluster says; of one speaker
+    there is none."""
     values = metrics.per_utterance(*(np.array([r[key] for r in records]) for key in ("target", "readout")))
     speakers = np.array([r["speaker"] for r in records]) if config.eval.cluster == "speaker" else None
+    if speakers is not None and len(set(speakers.tolist())) < 2:
+        return {}
     how = {"seed": 0, "samples": config.eval.resamples, "level": config.eval.level, "clusters": speakers}
     return {name: list(significance.interval(value, **how)) for name, value in values.items()}
 
@@ -215,8 +218,10 @@ def _answer(args: argparse.Namespace, config: FrozenConfigDict, asked: FrozenCon
         rows[f"{name}, T = {temperature:.2f}"] = summary["calibrated"]
     print(f"{summary['clips']} clips, {summary['left_out']} left out without a vote on {', '.join(summary['labels'])}")
     print(table(rows))
-    low, high = summary["intervals"]["js"]
-    print(f"JS {low:.3f} to {high:.3f} ({setting.config.eval.level:.0%} interval over {setting.config.eval.cluster}s)")
+    if "js" in summary["intervals"]:
+        low, high = summary["intervals"]["js"]
+        over = f"{setting.config.eval.level:.0%} interval over {setting.config.eval.cluster}s"
+        print(f"JS {low:.3f} to {high:.3f} ({over})")
     if args.slices:
         print("\n" + slices.table(summary["slices"]))
     print(f"written to {workdir / 'eval' / name}")
@@ -272,7 +277,7 @@ def _evaluate(
             raise ConfigError("--shuffle_cot needs a chain of thought; this run answers without one (data.cot=False)")
         plain = _name(args, control=None)
         own = predictions.collect(setting, variables, test, workdir / "eval" / plain, plain, decoding=decoding)
-        after = canaries.rotated(own)
+        after = canaries.exchanged(own)
     directory = workdir / "eval" / name
     rows = floors(config, voted["train"], voted[args.split])
     how = {"decoding": decoding, "after": after, "temperature": temperature}

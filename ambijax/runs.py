@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from ml_collections import FrozenConfigDict
 
-from ambijax import assemble, settings
+from ambijax import assemble, manifest, settings
 from ambijax.errors import ConfigError, Preempted
 from ambijax.workdir import lock
 
@@ -62,8 +62,8 @@ class Run:
     @property
     def evaluation(self) -> Path:
         """The directory that holds summary.json and predictions.jsonl."""
-        name = f"{self.elsewhere.resolve().name}-test{self.fold}" if self.elsewhere else "test"
-        return self.directory / "eval" / name
+        other = manifest.directory(self.elsewhere).resolve().name if self.elsewhere else ""
+        return self.directory / "eval" / (f"{other}-test{self.fold}" if other else "test")
 
     @property
     def trained(self) -> bool:

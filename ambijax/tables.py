@@ -9,6 +9,7 @@ Markdown, LaTeX and PNG, and which runs are missing.
 """
 
 import argparse
+import dataclasses
 import runpy
 import shlex
 import shutil
@@ -153,8 +154,12 @@ def sheet(experiments: SimpleNamespace, title: str, table: str, corpus: str, eve
     for row in rows:
         mine = [run for run in everything if (run.corpus, run.row) == (corpus, row)]
         lines.append(results.line(row, mine, published(table, corpus, row), experiments.BOOTSTRAP))
-    within = [run for run in everything if run.corpus == corpus and run.elsewhere is None]
-    lines += [line for line in (results.bound(name, within) for name in BOUNDS) if line.ours]
+    trained = [run for run in everything if run.corpus == corpus]
+    own, other = ([run for run in trained if (run.elsewhere is None) == here] for here in (True, False))
+    bounds = [results.bound(name, own) for name in BOUNDS]
+    for line in (results.bound(name, other) for name in BOUNDS):  # of rows that were tested on another corpus
+        bounds.append(dataclasses.replace(line, label=f"{line.label} -> other"))
+    lines += [line for line in bounds if line.ours]
     return Sheet(title, lines, footer(everything) if table else ())
 
 

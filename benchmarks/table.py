@@ -92,7 +92,9 @@ def _table(results: list[dict]) -> str:
         ]
         memory = " / ".join(f"{(x['device_bytes'] or x['host_bytes']) / 2**30:.2f}" for x in (ours, theirs))
         made = f"{ours['compiles']} in {ours['compile_seconds']:.1f} s, then {ours['late_compiles']}"
-        span = f"**{ratio['median']:.2f}** [{ratio['p10']:.2f}, {ratio['p90']:.2f}], {ratio['pairs']} pairs"
+        span = f"**{ratio['median']:.2f}**, one pair"
+        if ratio["pairs"] > 1:
+            span = f"**{ratio['median']:.2f}** [{ratio['p10']:.2f}, {ratio['p90']:.2f}], {ratio['pairs']} pairs"
         rows.append(f"| {title} | {speeds[0]} | {speeds[1]} | {span} | {memory} GiB | {made} |")
     return "\n".join(rows) + "\n"
 

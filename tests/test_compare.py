@@ -1,5 +1,6 @@
 """Comparison of runs: pairing by utterance, pooling of folds, and the correction, on predictions written by hand."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -54,6 +55,22 @@ def test_differences_are_paired_by_utterance(systems, tmp_path):
     assert found["js"].low < found["js"].mean < found["js"].high < 0
     assert found["js"].p_runs == 2 / 4  # two folds, both better: two of four flips
     assert found["js"].adjusted >= found["js"].p
+
+
+def test_runs_are_paired_by_what_they_were_asked(systems, tmp_path):
+    """In another order of folds the test over runs would pair what does not belong together."""
+    turned = compare.read([tmp_path / f"high{fold}" for fold in (1, 0)], "test")
+    assert turned.ids == systems[0].ids
+    with pytest.raises(DataError, match="the same utterances one by one; give both in the same order"):
+        compare.differences([systems[0], turned], CONFIG)
+
+
+def test_one_speaker_has_no_interval_over_speakers(systems):
+    over = FrozenConfigDict({"eval": CONFIG.eval.to_dict() | {"cluster": "speaker"}})
+    compare.differences(systems, over)
+    alone = [dataclasses.replace(s, speakers=np.full(20, "s0")) for s in systems]
+    with pytest.raises(DataError, match="is of one speaker"):
+        compare.differences(alone, over)
 
 
 def test_seeds_are_averaged_by_utterance(tmp_path):

@@ -182,6 +182,17 @@ def test_a_swap_changes_one_field_of_every_utterance_and_nothing_else(control, f
         assert dataclasses.replace(s, **{field: getattr(u, field)}) == u
 
 
+@pytest.mark.parametrize("speakers", [2, 4, 9, 18])
+def test_a_swap_is_no_exchange_of_like_for_like(speakers):
+    """Speakers say one list, each in the same ways: at any fixed distance the counterpart would sound alike."""
+    ways = [f"{word}-{emotion}" for word in "abcde" for emotion in ("anger", "fear", "sadness", "neutral")]
+    split = [manifest.Utterance(f"{s}{w}", w, w, f"{s}", 0, {"anger": 1}) for s in range(speakers) for w in ways]
+    swapped = canaries.swap_audio(split)
+    assert np.mean([s.audio == u.audio for s, u in zip(swapped, split, strict=True)]) < 0.2
+    assert sorted(s.audio for s in swapped) == sorted(u.audio for u in split)
+    assert swapped == canaries.swap_audio(split)
+
+
 def test_swaps_that_would_swap_nothing_are_refused():
     with pytest.raises(DataError, match="the same words"):
         canaries.swap_transcript(_utterances("aaa"))
@@ -195,9 +206,9 @@ def test_the_readout_after_the_own_reasoning_is_the_own_and_after_another_ones_i
     for own, again in zip(bench.records, same, strict=True):
         # Teacher-forced and re-encoded: a shift of the anchor by one token would change it altogether.
         np.testing.assert_allclose(again["readout"], own["readout"], atol=1e-4)
-    shuffled = bench.collect(tmp_path / "shuffled", after=canaries.rotated(bench.records))
+    shuffled = bench.collect(tmp_path / "shuffled", after=canaries.exchanged(bench.records))
     moved = 0
-    for own, other, counterpart in zip(bench.records, shuffled, canaries.rotated(bench.records), strict=True):
+    for own, other, counterpart in zip(bench.records, shuffled, canaries.exchanged(bench.records), strict=True):
         assert other["reasoning"] == counterpart["reasoning"]
         for field in ("id", "audio", "transcript", "votes", "target", "readout_gold", "js_gold"):
             assert other[field] == own[field]

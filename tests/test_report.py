@@ -195,6 +195,14 @@ def test_another_corpus_has_its_own_sounds_and_name(made, tmp_path, no_figures):
     assert data["rollouts"][0]["target"] is None
 
 
+def test_runs_on_other_clips_are_not_ranked(made, tmp_path):
+    other = tmp_path / "other"
+    subprocess.run(["cp", "-r", made[0], other], check=True)
+    runs.lines(other / "eval/test/predictions.jsonl", _records(other, "test")[:-1])
+    with pytest.raises(DataError, match="was tested on other clips than"):
+        reading.read([made[0], other], "test", None)
+
+
 def test_roll_outs_keep_the_classes_they_were_read_out_over(made, tmp_path):
     run = tmp_path / "run"
     subprocess.run(["cp", "-r", made[0], run], check=True)

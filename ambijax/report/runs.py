@@ -111,6 +111,11 @@ def read(directories: Sequence[Path], split: str, corpus: Path | None) -> Report
     runs = [_run(directory, split) for directory in directories]
     first = runs[0]
     for run in runs[1:]:
+        if {r["id"] for r in run.after} != {r["id"] for r in first.after}:
+            raise DataError(
+                f"{run.directory} was tested on other clips than {first.directory}, and a table of both would rank "
+                "nothing; give each its own report, or compare the same folds"
+            )
         if run.labels != first.labels:
             raise ConfigError(
                 f"{run.directory} predicts {', '.join(run.labels)}, but {first.directory} {', '.join(first.labels)}; "
