@@ -283,6 +283,22 @@ def test_an_utterance_counts_once_however_many_seeds_predicted_it(tmp_path):
     assert line.ours[0].mean == pytest.approx((0.137925 + 0.169195) / 4, abs=1e-6)
 
 
+def test_rows_of_another_corpus_stand_above_its_own_floors(tmp_path):
+    found = [r for r in tables.all_runs(EXPERIMENTS, wanted(tmp_path, lab=True, seeds=1)) if r.corpus == "tiny"]
+    text = typeset.markdown(tables.sheet(EXPERIMENTS, "tiny", "", "tiny", found))
+    assert "prior" not in text
+    own, other = (next(r for r in found if (r.elsewhere is None) == here) for here in (True, False))
+    finish(own)
+    finish(other)
+    path = other.evaluation / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["bounds"]["prior"]["js"] = 0.333
+    path.write_text(json.dumps(summary))
+    text = typeset.markdown(tables.sheet(EXPERIMENTS, "tiny", "", "tiny", found))
+    assert re.search(r"\| prior \| \.300 \|", text)
+    assert re.search(r"\| prior -> other \| \.333 \|", text)
+
+
 def test_a_partial_table_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tables", "--table", "2", "--out", "a b"])
     found = tables.all_runs(EXPERIMENTS, wanted(tmp_path, folds=1, seeds=1))
