@@ -140,7 +140,8 @@ def differences(systems: Sequence[System], config: FrozenConfigDict) -> list[Dif
         clusters = first.speakers if e.cluster == "speaker" else None
         if clusters is not None and len(set(clusters.tolist())) < 2:
             raise DataError(
-                f"{first.name} is of one speaker; there is no interval over speakers, eval.cluster=utterance is"
+                f"{first.name} was tested on one speaker, which gives no interval over speakers; set eval.cluster to "
+                "utterance in its config.json"
             )
         how = {"seed": 0, "samples": e.resamples, "clusters": clusters}
         for measure, a in first.values.items():

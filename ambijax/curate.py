@@ -272,7 +272,9 @@ async def _work(
                 end = ends.exceptions[0]
             except* OSError as ends:  # a full disk
                 error = ends.exceptions[0]
-                end = ConfigError(f"a file cannot be read or written: {error.strerror or error}; then start it again")
+                end = ConfigError(
+                    f"a file cannot be read or written: {error.strerror or error}; mend that, start it again"
+                )
     return end
 
 

@@ -66,7 +66,7 @@ def categorical(logits: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _first_reaching(weights: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first index at which running sums of weights [N, ...] reach the share u [...] in (0, 1] of all, and all.
+    """Where running sums of weights [N, ...] first reach the share u [...] in (0, 1] of their sum, and it.
 
     Sums of a parallel scan move by a rounding also where a weight is zero; the entry before it is then meant.
     """

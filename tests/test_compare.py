@@ -69,7 +69,7 @@ def test_one_speaker_has_no_interval_over_speakers(systems):
     over = FrozenConfigDict({"eval": CONFIG.eval.to_dict() | {"cluster": "speaker"}})
     compare.differences(systems, over)
     alone = [dataclasses.replace(s, speakers=np.full(20, "s0")) for s in systems]
-    with pytest.raises(DataError, match="is of one speaker"):
+    with pytest.raises(DataError, match="was tested on one speaker"):
         compare.differences(alone, over)
 
 

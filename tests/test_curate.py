@@ -438,7 +438,9 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_written(go, monkeypatch: pyte
 
     monkeypatch.setattr(ledger.Journal, "append", full)
     with serving() as server:
-        with pytest.raises(ConfigError, match=r"No space left on device; then start it again \(2 finished items are"):
+        with pytest.raises(
+            ConfigError, match=r"No space left on device; mend that, start it again \(2 finished items are"
+        ):
             go(5, server, concurrency=1)
         monkeypatch.setattr(ledger.Journal, "append", append)
         go(5, server)
