@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 from ambijax import losses, metrics, policy, prompt, reasoning, sharding
+from ambijax.activations import Known
 from ambijax.model.qwen2_audio import Qwen2Audio
 from ambijax.packing import packing
 from ambijax.structs import Completions, Prompt, Rollout
@@ -60,7 +61,13 @@ class Setting:
         return completions.replace(packing=packing(asked.mask, completions.mask, sharding.round_up(1, self.mesh)))
 
     def score(
-        self, variables: dict, asked: object, completions: Completions, rngs: dict, temperature: float = 1.0
+        self,
+        variables: dict,
+        asked: object,
+        completions: Completions,
+        rngs: dict,
+        temperature: float = 1.0,
+        known: Known | None = None,
     ) -> object:
         """`policy.score` with this run's settings."""
         return policy.score(
@@ -73,9 +80,12 @@ class Setting:
             temperature=temperature,
             chunk=self.config.loss.chunk,
             rngs=rngs,
+            known=known,
         )
 
-    def rollout(self, variables: dict, asked: object, key: jax.Array, samples: int, temperature: float) -> Rollout:
+    def rollout(
+        self, variables: dict, asked: object, key: jax.Array, samples: int, temperature: float, keeps: bool = False
+    ) -> Rollout:
         """`policy.rollout` with this run's settings; class words of several tokens are scored after it."""
         rolled = policy.rollout(
             self.model,
@@ -87,6 +97,7 @@ class Setting:
             samples=samples,
             max_tokens=self.config.data.max_tokens,
             temperature=temperature,
+            keeps=keeps,
         )
         return self._whole_words(variables, asked, rolled)
 

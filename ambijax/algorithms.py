@@ -106,7 +106,8 @@ def collect_group(
     """Rolls out K completions of each prompt, rewards them (equation 6), and with `gold` adds the curated one."""
     c = setting.config.grpo
     placed = sharding.place(batch, setting.mesh)
-    rolled = sharding.fetch(setting.rollout(variables, placed.prompt, key, c.samples, c.temperature))
+    rolled = setting.rollout(variables, placed.prompt, key, c.samples, c.temperature, c.keep_activations)
+    known, rolled = rolled.known, sharding.fetch(rolled.replace(known=None))
     judged = judge(setting, rolled, batch.target)
     credit = _format_credit(setting, rolled, judged)
     reward = rewards.reward(judged.js, credit, **_weights(setting))
@@ -119,6 +120,7 @@ def collect_group(
         reward, gold_reward, scale=c.scale, ddof=c.ddof, eps=c.eps, min_std=c.min_std, gold_adv_clip=c.gold_adv_clip
     )
     collected = _group(setting, variables, batch.prompt, placed, completions, rolled.logp, loss_mask, advantages)
+    collected = collected.replace(known=known)
     spread = rewards.group_std(reward, c.ddof)
     measured = judged.metrics() | {
         "reward/mean": reward.mean(),
@@ -199,7 +201,9 @@ def group_loss(setting: Setting, variables: dict, collected: Group, rngs: dict) 
     pi is the policy at the temperature that sampled, here as in `collect_group`; the read-out has its own.
     """
     c = setting.config
-    scores = setting.score(variables, collected.prompt, collected.completions, rngs, c.grpo.temperature)
+    scores = setting.score(
+        variables, collected.prompt, collected.completions, rngs, c.grpo.temperature, collected.known
+    )
     # With one update a batch the policy that sampled is the one being updated: the ratio is exactly one.
     old = collected.logp_old if c.grpo.updates > 1 else jax.lax.stop_gradient(scores.logp)
     per_token = losses.grpo(scores.logp, old, collected.advantages, c.grpo.eps_low, c.grpo.eps_high)

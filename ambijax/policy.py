@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ambijax import losses, readout, sampling
+from ambijax.activations import Known, split
 from ambijax.model.cache import Past
 from ambijax.model.decoder import decoding_kernel
 from ambijax.model.qwen2_audio import Qwen2Audio
@@ -43,10 +44,10 @@ class Prefix(NamedTuple):
     length: jax.Array  # [B] prompt tokens without padding
 
 
-def prefill(model: Qwen2Audio, variables: dict, prompt: Prompt, rngs: dict) -> Prefix:
+def prefill(model: Qwen2Audio, variables: dict, prompt: Prompt, rngs: dict, *, keeps: bool = False) -> Prefix:
     """Computes each prompt once: from its mel frames, or from the tower's output where that is given."""
     audio = _heard(model, variables, prompt, rngs)
-    read = model.apply(variables, prompt.tokens, prompt.mask, audio, method="prefill", rngs=rngs)
+    read = model.apply(variables, prompt.tokens, prompt.mask, audio, keeps, method="prefill", rngs=rngs)
     return Prefix(*read, prompt.mask.sum(axis=1))
 
 
@@ -68,6 +69,7 @@ def score(
     chunk: int,
     rngs: dict,
     words: tuple[tuple[int, ...], ...] = (),
+    known: Known | None = None,
 ) -> Scores:
     """Log-probabilities, entropies and class read-out of given completions (teacher forcing).
 
@@ -82,10 +84,12 @@ def score(
       rngs: {'dropout': key} while training with adapter dropout, else {}.
       words: token ids of K class words of several tokens. Given, the read-out is each whole word's log-probability
         after the anchor, instead of one logit.
+      known: what a roll-out by the same policy kept of the prompts and of the first completions of each; they are
+        differentiated and not computed. Nothing is packed then.
     """
     b, g, t = completions.tokens.shape
     asked = (prompt.tokens, prompt.mask, _heard(model, variables, prompt, rngs))
-    given = (completions.tokens, completions.mask, completions.packing)
+    given = (completions.tokens, completions.mask, completions.packing, known)
     read, (hidden, own) = model.apply(variables, *asked, *given, method="prefill_and_extend", rngs=rngs)
     prefix = Prefix(*read, prompt.mask.sum(axis=1))
     first = jnp.broadcast_to(prefix.last[:, None, None], (b, g, 1, prefix.last.shape[-1]))
@@ -171,7 +175,7 @@ class _Writer(NamedTuple):
         return self.model.apply(self.variables, tokens, positions, past, self.layers, method="peek")
 
 
-@functools.partial(jax.jit, static_argnames=("model", "tokens", "samples", "max_tokens", "temperature"))
+@functools.partial(jax.jit, static_argnames=("model", "tokens", "samples", "max_tokens", "temperature", "keeps"))
 def rollout(
     model: Qwen2Audio,
     variables: dict,
@@ -183,6 +187,7 @@ def rollout(
     samples: int,
     max_tokens: int,
     temperature: float,
+    keeps: bool = False,
 ) -> Rollout:
     """Samples G = `samples` completions of each prompt and reads the class distribution out on the way.
 
@@ -200,8 +205,9 @@ def rollout(
       samples: G.
       max_tokens: N, length of the completion axis.
       temperature: 0 decodes greedily.
+      keeps: whether what the layers made comes with it, for the update of this very policy (activations.py).
     """
-    prefix = prefill(model, variables, prompt, {})
+    prefix = prefill(model, variables, prompt, {}, keeps=keeps)
     writer = _writer(model, variables, prefix, tokens, ends_line, max_tokens)
     keys = sampling.completion_keys(key, prompt.example, samples)
 
@@ -215,7 +221,8 @@ def rollout(
     for room in cache_stages(max_tokens) if reads_all else [max_tokens]:
         s = s._replace(own=s.own.grown(s.own.mask.shape[-1] + room))
         s = _write(step, s, room)
-    return _finish(writer, s)
+    rolled = _finish(writer, s)
+    return rolled.replace(known=Known(*map(split, (prefix.past.made, s.own.made)))) if keeps else rolled
 
 
 def cache_stages(max_tokens: int) -> list[int]:
@@ -311,10 +318,12 @@ def _finish(w: _Writer, s: _Decoding) -> Rollout:
 def _start(model: Qwen2Audio, prefix: Prefix, tokens: Tokens, b: int, g: int, n: int) -> _Decoding:
     # One array a layer for keys and for values: written in place, never copied out of a stack. No room as yet.
     empty = tuple(jnp.zeros((b, k.shape[1], g, 0, k.shape[3]), k.dtype) for k in prefix.past.k)
+    room = lambda z: jnp.zeros((b, z.shape[1] + 1, g, n, z.shape[3]), z.dtype)  # noqa: E731
+    made = None if prefix.past.made is None else split(jax.tree.map(room, prefix.past.made))
     return _Decoding(
         t=jnp.int32(0),
         hidden=jnp.broadcast_to(prefix.last[:, None], (b, g, prefix.last.shape[-1])),
-        own=Past(empty, empty, jnp.zeros((b, g, 0), bool)).unstacked(model.cache),
+        own=Past(empty, empty, jnp.zeros((b, g, 0), bool), made).unstacked(model.cache),
         # A completion starts on a fresh line: the prompt ends with a line break.
         recent=jnp.full((b, g, 1 + len(tokens.anchor)), tokens.newline, jnp.int32),
         anchor=jnp.full((b, g), -1, jnp.int32),

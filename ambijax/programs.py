@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
-from ambijax import assemble, features, optim, policy, prompt, sharding, update
+from ambijax import activations, assemble, features, optim, policy, prompt, sharding, update
+from ambijax.activations import Activations, Known
 from ambijax.agent import Setting
 from ambijax.algorithms import ALGORITHMS
 from ambijax.model import qwen2_audio
@@ -88,9 +89,10 @@ def programs(setting: Setting, window: int, text: int) -> Iterator[Program]:
     how = {"dpo": "dpo", "grpo": "grpo", "grpoz": "grpo"}.get(c.algorithm)
     if how:
         samples, temperature = c[how].samples, c[how].temperature
+        keeps = how == "grpo" and c.grpo.keep_activations
         yield Program(
             "roll-out",
-            jax.jit(lambda v, p, k: setting.rollout(v, p, k, samples, temperature)),
+            jax.jit(lambda v, p, k: setting.rollout(v, p, k, samples, temperature, keeps)),
             (both, asked, key),
             tokens,
             part,
@@ -107,7 +109,7 @@ def programs(setting: Setting, window: int, text: int) -> Iterator[Program]:
             1,
             part,
             members,
-            {"adapters": both["lora"], **beside},
+            {"adapters": both["lora"], "batch": getattr(collected, "known", None), **beside},
         )
     yield update_program(setting, (whole, frozen, (collected,) * c.optim.accumulate, key))
     size = sharding.round_up(c.eval.batch_size, setting.mesh)
@@ -190,7 +192,24 @@ def _collected(setting: Setting, rows: Callable, asked: Prompt) -> Batch | Prefe
         target=target,
         logp_old=rows((b, g, t), jnp.float32) if c.grpo.updates > 1 else None,
         logp_ref=rows((b, c.grpo.samples, t), jnp.float32) if c.grpo.beta_kl > 0 else None,
+        known=_known(setting, asked) if c.grpo.keep_activations else None,
     )
+
+
+def _known(setting: Setting, asked: Prompt) -> Known:
+    """What the roll-out keeps of its prompts and completions."""
+    c, text = setting.config, setting.model.config.text
+    b, p = asked.tokens.shape
+    heads, kv_heads = (n * text.head_dim for n in (text.num_attention_heads, text.num_key_value_heads))
+    features = (heads, kv_heads, kv_heads, text.hidden_size, *[text.intermediate_size] * 2, text.hidden_size)
+
+    def made(*shape: int) -> Activations:
+        where = [NamedSharding(setting.mesh, spec) for spec in activations.partitions(len(shape) + 1)]
+        each = zip(features, where, strict=True)
+        return Activations(*(jax.ShapeDtypeStruct((*shape, f), setting.model.dtype, sharding=s) for f, s in each))
+
+    count = text.num_hidden_layers
+    return Known(made(b, count - 1, p), made(b, count, c.grpo.samples, c.data.max_tokens))
 
 
 def _completions(setting: Setting, rows: Callable, b: int, g: int) -> Completions:

@@ -153,6 +153,7 @@ RULES = {
     "grpo.samples": Rule(lambda v: type(v) is int and 2 <= v <= 4096, "a whole number: a group needs at least 2"),
     "grpo.temperature": _real(1e-3),
     "grpo.updates": _whole(1, 1000),
+    "grpo.keep_activations": _FLAG,
     "grpo.eps_low": _real(_POSITIVE, 1 - _POSITIVE),
     "grpo.eps_high": _real(_POSITIVE),
     "grpo.beta_kl": _real(0),
@@ -186,6 +187,7 @@ ADDED = {
     "eval.dev_clips": 256,  # of no evaluation
     "eval.metric": "js",
     "eval.checkpoint": "last",
+    "grpo.keep_activations": False,
 }
 
 # What only some runs read, and so may be absent from the others: prefix -> (key, values of it that read this).
@@ -227,6 +229,12 @@ _TOGETHER = (
         ("data.pack", "optim.micro_batch"),
         lambda pack, prompts: not pack or prompts == 0,
         "data.pack is without optim.micro_batch={optim_micro_batch}: parts of a batch would be of unequal size",
+    ),
+    (
+        ("grpo.keep_activations", "grpo.updates", "data.pack", "model.cache"),
+        lambda keeps, updates, pack, cache: not keeps or (updates == 1 and not pack and cache == "float"),
+        "grpo.keep_activations is for what the update would compute again exactly so: with grpo.updates=1, "
+        "data.pack=False and model.cache='float', and here they are {grpo_updates}, {data_pack} and {model_cache!r}",
     ),
     (
         ("eval.checkpoint", "eval.every"),

@@ -154,12 +154,15 @@ def constrain_batch(x: jax.Array, axis: int = 0) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition(*[None] * axis, "batch"))
 
 
-def micro_batches(x: jax.Array, size: int) -> jax.Array:
-    """[B, ...], split over its devices, to [B / size, size, ...]: every device has rows of each micro-batch.
+def micro_batch(x: jax.Array, i: jax.Array, each: int) -> jax.Array:
+    """The i-th micro-batch [B / each, ...] of parts [N, B, ...], `each` of which makes so many; all devices have rows.
 
-    Rows next to each other lie on one device. So a micro-batch takes every (B / size)-th of them, and none moves.
+    Rows next to each other lie on one device. So a micro-batch takes every `each`-th of a part, and none moves.
     """
-    return constrain_batch(x.reshape(size, -1, *x.shape[1:]).swapaxes(0, 1), axis=1)
+    size = x.shape[1] // each
+    start = (i // each, 0, i % each, *[0] * (x.ndim - 2))
+    rows = x.reshape(len(x), size, each, *x.shape[2:])
+    return constrain_batch(jax.lax.dynamic_slice(rows, start, (1, size, 1, *x.shape[2:])).reshape(size, *x.shape[2:]))
 
 
 def check(

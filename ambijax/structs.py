@@ -7,6 +7,7 @@ M mel frames   F mel bins   A audio tokens   D hidden width
 import flax.struct
 import jax
 
+from ambijax.activations import Known
 from ambijax.packing import Packing
 
 Array = jax.Array
@@ -62,6 +63,7 @@ class Rollout:
     readout: Array  # float32 [B, G, K], logits of the class words after the anchor, own or forced
     forced: Array  # bool [B, G], the anchor had to be appended
     ended: Array  # bool [B, G], the model itself ended the completion
+    known: Known | None = None  # what the layers made of prompts and completions, where that is asked for
 
 
 @flax.struct.dataclass
@@ -78,6 +80,7 @@ class Group:
     target: Array  # float32 [B, K]
     logp_old: Array | None = None  # float32 [B, G, T], under the policy that sampled, where several updates follow
     logp_ref: Array | None = None  # float32 [B, K, T], of those sampled under the reference, where that counts
+    known: Known | None = None  # what the layers made of prompts and of those sampled, with grpo.keep_activations
 
 
 @flax.struct.dataclass

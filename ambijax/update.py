@@ -66,16 +66,18 @@ def make_update(
             per_example, aux = loss(setting, optim.merge(trained, frozen), part, rngs)
             return per_example.mean(), {name: value.mean() for name, value in aux.items()}
 
-        def add(total: dict, numbered: tuple) -> tuple[dict, dict]:
-            i, part = numbered
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *parts)
+        size = setting.config.optim.micro_batch
+        each = len(parts[0].prompt.tokens) // size if size else 1  # micro-batches of a part
+        n = len(parts) * each
+
+        def add(total: dict, i: jax.Array) -> tuple[dict, dict]:
+            part = jax.tree.map(lambda x: sharding.micro_batch(x, i, each), stacked)
             key_of_part = jax.random.fold_in(key, DROPOUT - i)
             (value, aux), gradients = jax.value_and_grad(objective, has_aux=True)(state.trained, part, key_of_part)
             return jax.tree.map(jnp.add, total, gradients), aux | {"loss": value}
 
-        micro = lambda x: sharding.micro_batches(x, setting.config.optim.micro_batch or len(x))  # noqa: E731
-        stacked = jax.tree.map(lambda *x: jnp.concatenate([micro(part) for part in x]), *parts)
-        n = len(jax.tree.leaves(stacked)[0])
-        total, aux = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, state.trained), (jnp.arange(n), stacked))
+        total, aux = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, state.trained), jnp.arange(n))
         gradients = jax.tree.map(lambda g: g / n, total)
         aux = {name: value.mean() for name, value in aux.items()}
         norm = optax.tree.norm(gradients)

@@ -80,6 +80,7 @@ class Side:
         c.data.max_tokens = self.shape.new_tokens
         if "grpo" in c:
             c.grpo.samples = self.shape.samples
+            c.grpo.keep_activations = self.shape.keep_activations
             c.optim.micro_batch = self.shape.together % self.shape.clips  # 0 is all
         return Timed(self.model, VOCABULARY, self.mesh, FrozenConfigDict(c))
 

@@ -46,6 +46,7 @@ class Shape:
     chunk: int = 32  # our completion positions per slice of vocabulary logits
     micro_batch: int = 0  # our prompts of an RL update whose gradient is formed at once, 0 is all; SFT and DPO take all
     decoding: str = "xla"  # our attention of roll-outs, model.decoding
+    keep_activations: bool = False  # our grpo.keep_activations
     remat: str = ""  # our jax.checkpoint policy, '' is the one of configs/base.py
     reference_checkpointing: bool = False  # gradient checkpointing in torch: what a 7B step needs, and a small one not
 
@@ -110,7 +111,7 @@ PRESETS = {
     "67m": Shape(
         **{"hidden": 512, "mlp": 1408, "layers": 8, "heads": 8, "vocabulary": 32_000, "dtype": "float32"},
         **{"tower": 384, "tower_mlp": 1536, "tower_layers": 4, "tower_heads": 6},
-        **{"micro_batch": 1, "chunk": 64},
+        **{"micro_batch": 1, "chunk": 64, "keep_activations": True},
     ),
     # The published model's sizes; random weights made on the spot.
     "7b": Shape(
@@ -174,24 +175,33 @@ def products(shape: Shape) -> collections.Counter[tuple[int, int, int]]:
 
     Pre-fill, the reference's scores of samples, the update on them and gold: forward, and the gradient by activations,
     which is a product with the matrix turned around. Of a prompt one token leaves the last layer, the others need keys
-    and values; the head meets completions alone, a slice of time steps at once.
+    and values; the head meets completions alone, a slice of time steps at once. With `keep_activations` the update
+    computes forward what no roll-out has: gold, and prompts in the last layer.
     """
     made, h, m, steps, upper = collections.Counter(), shape.hidden, shape.mlp, shape.new_tokens, shape.layers - 1
     slices = -(-steps // shape.chunk)
 
-    def forward(prompts: int, completions: int, times: int, *, back: bool) -> None:
+    def layers(prompts: int, completions: int, times: int, *, known: bool = False, back: bool = False) -> None:
         words = prompts * completions * steps
-        rows, leaving = prompts * shape.prompt + words, prompts + words
-        layers = [(rows, h, h, 4 * upper + 2), (rows, h, m, 2 * upper), (rows, m, h, upper)]
-        last = [(leaving, h, h, 2), (leaving, h, m, 2), (leaving, m, h, 1)]
-        head = [(words // slices, h, shape.vocabulary, slices)] * bool(words)
-        for count, inputs, outputs, n in layers + last + head:
-            made[count, inputs, outputs] += n * times
-            made[count, outputs, inputs] += n * times * back
+        all_ = prompts * shape.prompt + words
+        rows, leaving = words if known else all_, prompts + words
+        upper_layers = [(rows, h, h, 4 * upper), (rows, h, m, 2 * upper), (rows, m, h, upper)]
+        last = [(all_, h, h, 2), (leaving, h, h, 2), (leaving, h, m, 2), (leaving, m, h, 1)]
+        for count, inputs, outputs, n in upper_layers + last:
+            made[(count, outputs, inputs) if back else (count, inputs, outputs)] += n * times
 
-    forward(shape.clips, 0, 1, back=False)
-    forward(shape.clips, shape.samples, 1, back=False)
-    forward(shape.together, shape.samples + 1, shape.clips // shape.together, back=True)
+    def head(prompts: int, completions: int, times: int, *, back: bool = False) -> None:
+        size = (shape.vocabulary, h) if back else (h, shape.vocabulary)
+        made[prompts * completions * steps // slices, *size] += slices * times
+
+    groups, unknown = shape.clips // shape.together, 1 if shape.keep_activations else shape.samples + 1
+    layers(shape.clips, 0, 1)
+    layers(shape.clips, shape.samples, 1)
+    head(shape.clips, shape.samples, 1)
+    layers(shape.together, unknown, groups, known=shape.keep_activations)
+    for back in (False, True):
+        head(shape.together, shape.samples + 1, groups, back=back)
+    layers(shape.together, shape.samples + 1, groups, back=True)
     return +made
 
 

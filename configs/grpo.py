@@ -25,6 +25,9 @@ def get_config(corpus: str = "cremad") -> ConfigDict:
     c.grpo.samples = 8  # K; unknown
     c.grpo.temperature = 1.0  # of sampling, and of pi in the loss, gold's share included
     c.grpo.updates = 1  # mu: updates a roll-out
+    # True: the update differentiates what the roll-out computed instead of computing it again. At 7B that is 2.7 MB for
+    # each token of the batch until then (docs/recipes.md).
+    c.grpo.keep_activations = False
     c.grpo.eps_low = 0.2  # clip range of the ratio pi / pi_old
     c.grpo.eps_high = 0.2  # DAPO raises it to 0.28
     c.grpo.beta_kl = 0.04  # weight of k3(ref, pi); 0 skips the reference forward pass

@@ -128,7 +128,7 @@ def placed(setting: Setting) -> dict:
 def descent(setting: Setting) -> tuple[Callable, TrainState, dict]:
     """The update when it is plain descent at rate one, and the state and the frozen variables that it starts from."""
     variables = placed(setting)
-    trained, frozen = optim.split(variables, optim.labels(variables, ("lora/.*",)))
+    trained, frozen = optim.split(variables, optim.labels(variables, setting.config.optim.train))
     plain = optax.sgd(1.0)
     zero, counters = jax.device_put((jnp.int32(0), guard.start(2)), NamedSharding(setting.mesh, PartitionSpec()))
     state = TrainState(zero, trained, plain.init(trained), counters)
@@ -196,6 +196,28 @@ def test_micro_batches_equal_their_part(vocabulary, algorithm, devices, accumula
     for size in sizes:
         got = gradient(make(vocabulary, algorithm, **changes, optim__micro_batch=size), parts)
         assert_same_update(expected, got)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes"),
+    [
+        ("grpoz", {"optim__micro_batch": 4}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("grpo", {"optim__accumulate": 2}),
+                ("grpoz", {"optim__train": ("lora/.*", "params/language_model/.*"), "grpo__beta_kl": 0.0}),
+                ("grpoz", {"devices": 8, "optim__micro_batch": 8}),
+            ]
+        ),
+    ],
+)
+def test_what_a_roll_out_kept_changes_no_update(vocabulary, algorithm, changes):
+    setting = make(vocabulary, algorithm, grpo__keep_activations=True, **changes)
+    parts, _, _ = collect(setting)
+    assert all(part.known is not None for part in parts)
+    expected = gradient(setting, tuple(part.replace(known=None) for part in parts))
+    assert_same_update(expected, gradient(setting, parts))
 
 
 @pytest.mark.slow
@@ -559,6 +581,11 @@ def test_all_that_is_trained_moves_and_the_rest_is_bit_equal(vocabulary, algorit
             "optim.micro_batch=3 must divide data.batch_size=16 / optim.accumulate=2",
         ),
         ("sft", {"data__pack": True, "optim__micro_batch": 2}, "data.pack is without optim.micro_batch=2"),
+        (
+            "grpo",
+            {"grpo__keep_activations": True, "grpo__updates": 2, "model__cache": "int8"},
+            "grpo.updates=1, data.pack=False and model.cache='float', and here they are 2, False and 'int8'",
+        ),
         ("sft", {"loss__lambda_ce": 0.0, "loss__lambda_kl": 0.0}, "nothing to learn"),
         ("sft", {"prompt__style": "audio_reasoner"}, "is for evaluation"),
         ("dpo", {"lora__dropout": 0.1, "dpo__tau": 1.0}, "dpo.tau=1.0 must be.*; lora.dropout=0.1 must be 0"),

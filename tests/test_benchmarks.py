@@ -90,5 +90,10 @@ def test_the_limit_of_grpoz_by_hand():
     deeper = shapes.products(dataclasses.replace(shape, layers=3, micro_batch=1, clips=2, chunk=1))
     assert deeper[19, 1, 1] == 2 * 2 * (2 * 7 + 2)  # of each prompt by itself, in both directions
     assert deeper[3, 1, 1] == 2 * 2 * 3  # the update's head, a time step at once
+    kept = shapes.products(dataclasses.replace(shape, keep_activations=True, layers=3))
+    forward = 2 * (2 * 7 * 3 + 2 * 13 + 5 * 4 + 9)  # gold in two layers, and the prompt's last layer
+    back = 2 * (2 * 7 * 19 + 2 * 19 + 5 * 10 + 9)
+    rest = 2 * (2 * 7 * 10 + 2 * 10 + 5 * 1) + 2 * (2 * 7 * 16 + 2 * 16 + 5 * 7 + 6)
+    assert sum(2 * math.prod(size) * n for size, n in kept.items()) == forward + back + rest
     # Three tokens, each: eight weights, a key and a value of the prompt's ten and of half of the six to be written.
     assert table._bytes_of_decoding(shape) == 3 * 4 * (8 + 2 * (10 + 3))

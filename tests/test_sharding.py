@@ -9,8 +9,10 @@ import pytest
 import scipy.special
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ambijax import cost, losses, optim, policy, sampling, sharding
+from ambijax import activations, cost, losses, optim, policy, sampling, sharding
+from ambijax.activations import Known
 from ambijax.errors import ConfigError
+from ambijax.structs import Completions
 from tests import small
 
 MESHES = [(2, 2, 2), (1, 2, 4)]  # every axis, and every key-value head on a device of its own
@@ -25,8 +27,8 @@ def _mesh(shape: tuple[int, int, int]) -> Mesh:
     return Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _run(shape: tuple[int, int, int], b: int = B) -> dict:
-    """Loss, adapter gradients and roll-outs of the small model on one mesh, as numpy."""
+def _run(shape: tuple[int, int, int], b: int = B, learns: bool = False) -> dict:
+    """Loss, adapter gradients and roll-outs of the small model on one mesh, as numpy; and what it `learns` of these."""
     model = small.model()
     mesh = _mesh(shape)
     variables = small.variables(model)
@@ -35,16 +37,17 @@ def _run(shape: tuple[int, int, int], b: int = B) -> dict:
         prompt = sharding.place(small.prompts(b), mesh)
         given = sharding.place(small.completions(b, G, T), mesh)
 
-        def loss(lora: dict) -> jax.Array:
+        @jax.jit
+        @jax.value_and_grad
+        def loss(lora: dict, given: Completions, **known: Known) -> jax.Array:
             both = {"params": variables["params"], "lora": lora}
-            scores = policy.score(
-                model, both, prompt, given, class_ids=small.TOKENS.classes, temperature=1.0, chunk=4, rngs={}
-            )
+            how = {"class_ids": small.TOKENS.classes, "temperature": 1.0, "chunk": 4, "rngs": {}}
+            scores = policy.score(model, both, prompt, given, **how, **known)
             p = jnp.broadcast_to(jnp.array([0.2, 0.5, 0.3]), scores.readout.shape)
             kl = losses.soft_label_kl(p, scores.readout)
             return (losses.cross_entropy(scores.logp, given.mask) + kl).mean()
 
-        value, gradients = jax.jit(jax.value_and_grad(loss))(variables["lora"])
+        value, gradients = loss(variables["lora"], given)
         rolled = policy.rollout(
             model,
             variables,
@@ -55,8 +58,15 @@ def _run(shape: tuple[int, int, int], b: int = B) -> dict:
             samples=G,
             max_tokens=T,
             temperature=1.0,
+            keeps=True,
         )
         found = {"loss": value, "gradients": gradients, "tokens": rolled.completions.tokens, "readout": rolled.readout}
+        found |= {"known": rolled.known}
+        if learns:
+            found["update"] = [loss(variables["lora"], rolled.completions, **k) for k in ({}, {"known": rolled.known})]
+    for made in rolled.known:  # each device has what it made, and nothing else
+        for z, spec in zip(made, activations.partitions(made.q.ndim), strict=True):
+            assert z.sharding.is_equivalent_to(NamedSharding(mesh, spec), z.ndim)
     return jax.tree.map(np.asarray, found)
 
 
@@ -68,6 +78,14 @@ def one_device():
 @pytest.mark.parametrize("shape", [*MESHES, *(pytest.param(shape, marks=pytest.mark.slow) for shape in OTHERS)])
 def test_meshes_agree_with_one_device(shape, one_device):
     _assert_agree(_run(shape), one_device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", MESHES)
+def test_what_a_roll_out_kept_is_learned_from_where_it_lies(shape):
+    plain, known = _run(shape, learns=True)["update"]
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest), plain, known)
 
 
 @pytest.mark.slow
@@ -84,6 +102,7 @@ def _assert_agree(found: dict, one_device: dict) -> None:
         np.testing.assert_allclose(a, b, atol=1e-5 * largest)
     np.testing.assert_array_equal(found["tokens"], one_device["tokens"])
     np.testing.assert_allclose(found["readout"], one_device["readout"], atol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found["known"], one_device["known"])
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 8), (1, 2, 4)])
@@ -155,11 +174,13 @@ def test_place_and_fetch_are_inverse():
 def test_a_micro_batch_has_rows_of_every_device_and_none_moves(shape):
     mesh = _mesh(shape)
     rows = sharding.place(np.arange(8), mesh)
+    of_two = jax.jit(lambda parts, i: sharding.micro_batch(jnp.stack(parts), i, 2))
     with jax.set_mesh(mesh):
-        split = jax.jit(sharding.micro_batches, static_argnames="size").lower(rows, size=4).compile()
+        split = of_two.lower((rows, rows + 8), 0).compile()
+        found = [split((rows, rows + 8), i) for i in range(4)]
     assert cost.Compiled(split.as_text()).collectives() == []
-    assert split(rows).tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    assert split(rows).sharding.is_equivalent_to(NamedSharding(mesh, sharding.partition(None, "batch")), 2)
+    assert [x.tolist() for x in found] == [[0, 2, 4, 6], [1, 3, 5, 7], [8, 10, 12, 14], [9, 11, 13, 15]]
+    assert all(x.sharding.is_equivalent_to(NamedSharding(mesh, sharding.partition("batch")), 1) for x in found)
 
 
 def test_a_mesh_that_is_not_the_devices_is_refused():

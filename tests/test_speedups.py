@@ -14,11 +14,11 @@ from tests import small
 T = 6
 
 
-def _loss_and_gradient(model, variables, prompt, completions):
+def _loss_and_gradient(model, variables, prompt, completions, **known):
     def loss(lora):
         scores = policy.score(
             *(model, {"params": variables["params"], "lora": lora}, prompt, completions),
-            **{"class_ids": small.TOKENS.classes, "temperature": 1.0, "chunk": 4, "rngs": {}},
+            **{"class_ids": small.TOKENS.classes, "temperature": 1.0, "chunk": 4, "rngs": {}} | known,
         )
         kl = losses.soft_label_kl(jnp.full(scores.readout.shape, 1 / 3), scores.readout)
         return jnp.mean(losses.cross_entropy(scores.logp, completions.mask) + kl)
@@ -215,3 +215,27 @@ def test_what_a_layer_keeps_changes_no_gradient(model, variables, remat):
     (loss, gradient), (kept_loss, kept) = (_loss_and_gradient(m, *given) for m in (model, model.clone(remat=remat)))
     np.testing.assert_allclose(loss, kept_loss, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, kept)
+
+
+@pytest.mark.parametrize("gold", [1, 0])
+def test_an_update_from_what_the_roll_out_kept_has_the_loss_and_gradients_of_one_that_computes_all(
+    model, variables, gold
+):
+    # Another prompt's activations, another layer's or another token's would give other ones.
+    prompt = small.prompts(3)
+    how = {"tokens": small.TOKENS, "samples": 4, "max_tokens": 10, "temperature": 1.0, "keeps": True}
+    rolled = policy.rollout(model, variables, prompt, jax.random.key(0), small.ENDS_LINE, **how)
+    given = jax.tree.map(np.asarray, rolled.completions)
+    assert len(set(given.mask.sum(axis=-1).ravel())) > 1  # some end early, and are padded
+    if gold:
+        given = jax.tree.map(lambda *x: np.concatenate(x, axis=1), given, small.completions(3, 1, 10))
+    whole = given.replace(anchor=np.full(given.anchor.shape, 2, np.int32))
+
+    plain = _loss_and_gradient(model, variables, prompt, whole)
+    known = _loss_and_gradient(model, variables, prompt, whole, known=rolled.known)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), known, plain)
+    scale = max(np.abs(g).max() for g in jax.tree.leaves(plain[1]))
+    assert scale > 1e-2  # else the comparison says nothing
+
+    other = jax.tree.map(lambda z: np.roll(z, 1, axis=0), rolled.known)  # it is read
+    assert abs(float(_loss_and_gradient(model, variables, prompt, whole, known=other)[0] - plain[0])) > 1e-3

@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from ambijax.activations import Activations
 from ambijax.model.layers import Segment, quantize
 
 
@@ -19,12 +20,14 @@ class Past:
     k, v: [L, B, K, S, D] when shared by the group, else [L, B, K, G, S, D], rotated; for `decode` a tuple of L arrays.
       In place of each array may stand a pair: it in int8, and a scale for each token and head.
     mask: [B, S] or [B, G, S], True where the token exists.
+    made: what a roll-out keeps for its update: of a prompt [B, L - 1, S, F], of sequences [B, L, G, S, F].
     by_channel: keys are [..., D, S].
     """
 
     k: jax.Array | tuple[jax.Array, ...]
     v: jax.Array | tuple[jax.Array, ...]
     mask: jax.Array
+    made: Activations | None = None
     by_channel: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
@@ -44,7 +47,7 @@ class Past:
         return self.replace(k=k, v=v, by_channel=by_channel)
 
     def grown(self, slots: int) -> "Past":
-        """Each sequence's own tokens (L arrays) with empty room after them, up to `slots`."""
+        """Each sequence's own keys and values (L arrays) with empty room after them, up to `slots`."""
 
         def pad(z: jax.Array, axis: int) -> jax.Array:
             return jnp.pad(z, [(0, (slots - size) * (i == axis)) for i, size in enumerate(z.shape)])
@@ -72,3 +75,8 @@ def put(cache: jax.Array | tuple, new: jax.Array, slot: jax.Array) -> jax.Array 
     """A layer's keys or values with those of one new token in a slot, in place under jit; rounded if the others are."""
     write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=3)
     return jax.tree.map(write, cache, _rounded(new) if isinstance(cache, tuple) else new)
+
+
+def put_made(kept: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+    """What matrices made of tokens [B, L, G, S, F] with that of one new token [L, F, B, G, 1] in a slot, in place."""
+    return jax.lax.dynamic_update_slice_in_dim(kept, jnp.einsum("lfbgt->blgtf", new), slot, axis=3)

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from ambijax import sharding
+from ambijax.activations import Activations, Known
 from ambijax.model import cpu_kernels
-from ambijax.model.cache import Past, put
+from ambijax.model.cache import Past, put, put_made
 from ambijax.model.config import LoraConfig, TextConfig
 from ambijax.model.layers import (
     ACTIVATIONS,
@@ -72,6 +73,9 @@ class DecoderLayer(nn.Module):
         masks: tuple,
         packing: Packing | None = None,
         last: jax.Array | None = None,
+        known: tuple[Activations, ...] = (),
+        after: int = 0,
+        keeps: bool = False,
     ):
         """Several blocks at once: one product with each matrix, however many blocks there are.
 
@@ -84,22 +88,33 @@ class DecoderLayer(nn.Module):
             to a prompt (G = 1) is seen by the blocks after it.
           packing: how x is packed.
           last: int32 [B], the only token of the first block that leaves the layer, see `_leaving`; nothing packed does.
+          known, after: what the matrices make of tokens before the last `after`, see `activations.product`.
+          keeps: whether what they make is asked for.
 
         Returns:
-          x, and each block's keys and values [B, K, G, T, D].
+          x; each block's keys and values [B, K, G, T, D], and what the matrices made or, unless `keeps`, None.
         """
         b, heads = len(masks[0][0]), lambda z: z.reshape(*z.shape[:-1], -1, self.config.head_dim)
+        of = {name: (tuple(getattr(z, name) for z in known), after) for name in Activations._fields}
         y = self.input_layernorm(x)
-        k, v = rope(heads(self.k_proj(y)), turn), heads(self.v_proj(y))
+        made_k, made_v = self.k_proj(y, *of["k"]), self.v_proj(y, *of["v"])
+        k, v = rope(heads(made_k), turn), heads(made_v)
         if packing is not None:
             k, v = packing.unpack(k, b), packing.unpack(v, b)
         if last is not None:
             x, y, turn = jax.tree.map(lambda z: _leaving(z, packing, last, masks[0][0].shape[2]), (x, y, turn))
             packing, masks = None, (_seen_by(last, *masks[0]), *masks[1:])
-        q = rope(heads(self.q_proj(y)), turn)
+        made_q = self.q_proj(y, *of["q"])
+        q = rope(heads(made_q), turn)
         q = q if packing is None else packing.unpack(q, b)
         attended, new = self._attend(q, k, v, [p.segment(*kv) for p, kv in zip(past, past_kv, strict=True)], masks)
-        return self.close(x, attended if packing is None else packing.pack(attended)), new
+        o = self.o_proj(attended if packing is None else packing.pack(attended), *of["o"])
+        x += o
+        y = self.post_attention_layernorm(x)
+        gate, up = self.gate_proj(y, *of["gate"]), self.up_proj(y, *of["up"])
+        down = self.down_proj(ACTIVATIONS[self.config.hidden_act](gate) * up, *of["down"])
+        made = Activations(made_q, made_k, made_v, o, gate, up, down)
+        return x + down, (new, made if keeps else None)
 
     def _attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, segments: list[Segment], masks: tuple
@@ -117,12 +132,6 @@ class DecoderLayer(nn.Module):
             new.append((own_k, own_v))
             at, start = at + g * queries, start + g * t
         return jnp.concatenate(attended, axis=1), tuple(new)
-
-    def close(self, x: jax.Array, attended: jax.Array) -> jax.Array:
-        """What follows attention: the residual x [..., hidden], and [..., H D] from attention."""
-        x += self.o_proj(attended)
-        y = self.post_attention_layernorm(x)
-        return x + self.down_proj(ACTIVATIONS[self.config.hidden_act](self.gate_proj(y)) * self.up_proj(y))
 
 
 class Decoder(nn.Module):
@@ -160,6 +169,8 @@ class Decoder(nn.Module):
         past: tuple[Past, ...] = (),
         packing: Packing | None = None,
         last: jax.Array | None = None,
+        known: Known | None = None,
+        keeps: bool = False,
     ) -> list[tuple[jax.Array, Past]]:
         """Runs all layers over new tokens.
 
@@ -169,6 +180,8 @@ class Decoder(nn.Module):
           past: earlier tokens of the same sequences.
           packing: leaves the blocks' padding out wherever tokens do not meet.
           last: int32 [B], the only token of the first block whose hidden state is asked for; without `past`.
+          known: with `last`, what the layers make of the first block and of the first sequences of the second.
+          keeps: with `last`, whether what the layers make of the first block goes with its `Past`.
 
         Returns:
           for each block its normalised hidden states [B, G, T, hidden], T = 1 for the first if `last` is given, and its
@@ -180,40 +193,54 @@ class Decoder(nn.Module):
         masks = tuple((block.mask, _causal(block.mask)) for block in blocks)
         if packing is not None:
             x, positions = packing.pack(x), packing.pack(positions)
-        x, turn = sharding.constrain_batch(x), self.turn(positions)
+        x, turn, made = sharding.constrain_batch(x), self.turn(positions), None
         if last is None:
-            x, new = self.layers(x, tuple((p.k, p.v) for p in past), past, turn, masks, packing)
+            x, (new, _) = self.layers(x, tuple((p.k, p.v) for p in past), past, turn, masks, packing)
         else:
-            x, new = self._to_last(x, turn, masks, packing, last)
+            x, new, made = self._to_last(x, turn, masks, packing, last, known, keeps)
         x, start, results = self.norm(x), 0, []
         if packing is not None and last is None:
             x = packing.unpack(x, len(blocks[0].x))
         for i, (block, (k, v)) in enumerate(zip(blocks, new, strict=True)):
             b, g, t = block.mask.shape
             t = t if last is None or i > 0 else 1
-            results.append((x[:, start : start + g * t].reshape(b, g, t, -1), Past(k, v, block.mask)))
+            own = Past(k, v, block.mask, made if i == 0 else None)
+            results.append((x[:, start : start + g * t].reshape(b, g, t, -1), own))
             start += g * t
         return results
 
     def _to_last(
-        self, x: jax.Array, turn: tuple, masks: tuple, packing: Packing | None, last: jax.Array
-    ) -> tuple[jax.Array, tuple]:
+        self,
+        x: jax.Array,
+        turn: tuple,
+        masks: tuple,
+        packing: Packing | None,
+        last: jax.Array,
+        known: Known | None,
+        keeps: bool,
+    ) -> tuple[jax.Array, tuple, Activations | None]:
         """`self.layers` where only `last` leaves the first block, and the last layer computes nothing else.
 
         The layers before it read their weights by number out of the whole stack: the stack without its last layer, as
-        a scan over weights would want it, is a copy of the model.
+        a scan over weights would want it, is a copy of the model. What they make comes out, too, [B, L - 1, N, F].
         """
         stacks, count = self.layers.variables, self.config.num_hidden_layers
         layer = DecoderLayer(self.config, self.lora, self.weights, self.attention, parent=None)
         keys = jax.random.split(self.make_rng("dropout"), count) if self.has_rng("dropout") else None
         adapters = {name: stack for name, stack in stacks.items() if name != "params"}
+        known = () if known is None else known.by_layer()
+        after = masks[1][0][0].size - known[1].q.shape[2] if known else 0
         numbered = (jnp.arange(count), adapters, keys)
 
         def run(x: jax.Array, turn: tuple, numbered: tuple, last: jax.Array | None) -> tuple[jax.Array, tuple]:
             i, adapters, key = numbered
-            params = jax.tree.map(lambda z: jax.lax.dynamic_index_in_dim(z, i, keepdims=False), stacks["params"])
+            of_layer = functools.partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
+            params = jax.tree.map(of_layer, stacks["params"])
             rngs = {} if key is None else {"dropout": key}
-            return layer.apply({"params": params} | adapters, x, (), (), turn, masks, packing, last, rngs=rngs)
+            given = (x, (), (), turn, masks, packing, last)
+            made = jax.tree.map(of_layer, known if last is None else known[1:])  # of a prompt no last layer's
+            given = (*given, made, after, keeps and last is None)
+            return layer.apply({"params": params} | adapters, *given, rngs=rngs)
 
         one = jax.checkpoint(run, prevent_cse=False, policy=keep(self.remat))
 
@@ -222,14 +249,15 @@ class Decoder(nn.Module):
             return (x, jax.lax.optimization_barrier(turn)), new
 
         # Angles that leave the loop are an array. XLA on a CPU would take cos and sin again for every head.
-        (x, angles), new = jax.lax.scan(step, (x, turn), jax.tree.map(lambda z: z[:-1], numbered))
+        (x, angles), (new, made) = jax.lax.scan(step, (x, turn), jax.tree.map(lambda z: z[:-1], numbered))
         # Packed, all tokens together may be fewer than those that leave, which are not.
         leaving = len(last) + sum(mask.size for mask, _ in masks[1:])
         fewer = packing is None or leaving < packing.slots.size
         final = jax.checkpoint(run, policy=keep(self.remat))
-        x, newest = final(x, angles, jax.tree.map(lambda z: z[-1], numbered), last if fewer else None)
+        x, (newest, _) = final(x, angles, jax.tree.map(lambda z: z[-1], numbered), last if fewer else None)
         x = x if fewer else _leaving(x, packing, last, masks[0][0].shape[2])
-        return x, jax.tree.map(lambda stack, z: jnp.concatenate([stack, z[None]]), new, newest)
+        made = jax.tree.map(lambda z: jnp.moveaxis(z, 0, 1), made)
+        return x, jax.tree.map(lambda stack, z: jnp.concatenate([stack, z[None]]), new, newest), made
 
     # In a loop over tokens, layers follow each other without a scan: a scan over stacked arrays would copy every
     # layer's weights and caches out of the stack for each token. `layers` are transposed, pasts are unstacked.
@@ -252,7 +280,7 @@ class Decoder(nn.Module):
           hidden state [B, G, 1, hidden], and `own` with the new token.
         """
         mask = jnp.broadcast_to(jnp.arange(own.mask.shape[-1]) <= slot, own.mask.shape)
-        own = Past(list(own.k), list(own.v), mask)
+        own = Past(list(own.k), list(own.v), mask, own.made)
 
         def segments(i: int, k: jax.Array, v: jax.Array) -> list[Segment]:
             own.k[i], own.v[i] = put(own.k[i], k, slot), put(own.v[i], v, slot)
@@ -266,7 +294,9 @@ class Decoder(nn.Module):
 
         kernel = decoding_kernel(self.decoding, own, x.dtype)
         attend = functools.partial(by_kernel, kernel) if kernel else functools.partial(self._attend, turn, segments)
-        hidden = self._layer_by_layer(x, layers, attend)
+        hidden, made = self._layer_by_layer(x, layers, attend)
+        if own.made is not None:
+            own = own.replace(made=jax.tree.map(functools.partial(put_made, slot=slot), own.made, made))
         return hidden, own.replace(k=tuple(own.k), v=tuple(own.v))
 
     def peek(self, block: Block, past: tuple[Past, ...], layers: tuple[TransposedLayer, ...]) -> jax.Array:
@@ -277,18 +307,22 @@ class Decoder(nn.Module):
             return [*(p.segment(p.k[i], p.v[i]) for p in past), Segment(k, v, causal)]
 
         attend = functools.partial(self._attend, self.turn(block.positions), segments)
-        return self._layer_by_layer(block.x, layers, attend)
+        return self._layer_by_layer(block.x, layers, attend)[0]
 
     def _layer_by_layer(
         self, x: jax.Array, layers: tuple[TransposedLayer, ...], attend: Callable[[int, jax.Array], jax.Array]
-    ) -> jax.Array:
-        c = self.config
+    ) -> tuple[jax.Array, Activations]:
+        """Hidden states [B, G, T, hidden], and what the matrices made, [L, F, B, G, T]."""
+        c, made = self.config, []
         x = jnp.moveaxis(sharding.constrain_batch(x), -1, 0)
         for i, layer in enumerate(layers):
-            x += layer.out(attend(i, layer.qkv(rms_norm(x, layer.input_norm, c.rms_norm_eps, axis=0))))
+            qkv = layer.qkv(rms_norm(x, layer.input_norm, c.rms_norm_eps, axis=0))
+            x += (o := layer.out(attend(i, qkv)))
             gate, up = layer.gate_up(rms_norm(x, layer.middle_norm, c.rms_norm_eps, axis=0))
-            x += layer.down(ACTIVATIONS[c.hidden_act](gate) * up)
-        return self.norm(jnp.moveaxis(x, 0, -1))
+            x += (down := layer.down(ACTIVATIONS[c.hidden_act](gate) * up))
+            made.append(Activations(qkv[:, :-2], qkv[:, -2], qkv[:, -1], o, gate, up, down))
+        stack = lambda *z: jnp.stack([layer.reshape(-1, *x.shape[1:]) for layer in z])  # noqa: E731
+        return self.norm(jnp.moveaxis(x, 0, -1)), jax.tree.map(stack, *made)
 
     def _attend(
         self, turn: tuple, segments: Callable[[int, jax.Array, jax.Array], list[Segment]], i: int, qkv: jax.Array

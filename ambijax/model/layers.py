@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from ambijax import activations
 from ambijax.model import cpu_kernels, kernels, lora
 from ambijax.model.config import LoraConfig
 from ambijax.model.cpu_kernels import PRODUCT
@@ -58,7 +59,8 @@ class Dense(nn.Module):
     int8: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, known: tuple[jax.Array, ...] = (), after: int = 0) -> jax.Array:
+        """[..., in] to [..., out]; what is known of it is not computed again, see `activations.product`."""
         shape, scale = (x.shape[-1], self.features), None
         if self.int8:
             kernel = self.param("kernel", nn.initializers.zeros_init(), shape, jnp.int8)
@@ -66,15 +68,20 @@ class Dense(nn.Module):
         else:
             kernel = self.param("kernel", nn.initializers.normal(0.02), shape)
         bias = self.param("bias", nn.initializers.zeros_init(), shape[1:]) if self.use_bias else None
-        y = self._product(x, kernel.astype(x.dtype), scale)
-        return checkpoint_name(y if bias is None else y + bias.astype(x.dtype), PRODUCT)
+        adapter = self._adapter(x) if self.lora and (self.has_variable("lora", "a") or self.is_initializing()) else ()
 
-    def _product(self, x: jax.Array, kernel: jax.Array, scale: jax.Array | None) -> jax.Array:
+        def multiply(x: jax.Array) -> jax.Array:
+            y = self._product(x, kernel.astype(x.dtype), scale, *adapter)
+            return checkpoint_name(y if bias is None else y + bias.astype(x.dtype), PRODUCT)
+
+        return activations.product(multiply, x, known, after)
+
+    def _product(self, x: jax.Array, kernel: jax.Array, scale: jax.Array | None, *adapter: jax.Array) -> jax.Array:
         """x W, and what the adapter adds to it."""
         plain = lambda: x @ kernel if scale is None else (x @ kernel) * scale.astype(x.dtype)  # noqa: E731
-        if self.lora is None or not (self.has_variable("lora", "a") or self.is_initializing()):
+        if not adapter:
             return plain()
-        a, b = self._adapter(x)
+        a, b = adapter
         drops = self.lora.dropout > 0 and self.has_rng("dropout")
         if lora.merges(x.dtype) and scale is None and not drops:
             return lora.merged(x, kernel, a, self.lora.scale * b)

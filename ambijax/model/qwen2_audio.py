@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ambijax.activations import Known
 from ambijax.model.cache import Past
 from ambijax.model.config import LoraConfig, Qwen2AudioConfig
 from ambijax.model.decoder import Block, Decoder
@@ -43,18 +44,21 @@ class Qwen2Audio(nn.Module):
         """mel [B, M, F] with `frames` [B] valid frames to audio embeddings [B, A, hidden], A = M / 4."""
         return self.multi_modal_projector(self.audio_tower(mel.astype(self.dtype), frames))
 
-    def prefill(self, tokens: jax.Array, mask: jax.Array, audio: jax.Array) -> tuple[jax.Array, Past]:
+    def prefill(
+        self, tokens: jax.Array, mask: jax.Array, audio: jax.Array, keeps: bool = False
+    ) -> tuple[jax.Array, Past]:
         """Reads the prompts once.
 
         Args:
           tokens: [B, P]; the i-th <|AUDIO|> of a row takes the row's i-th audio embedding.
           mask: [B, P], False on padding (left or right).
           audio: [B, A, hidden].
+          keeps: whether the past has what the layers made of the prompt.
 
         Returns:
           the hidden state of each prompt's last token [B, hidden]; the prompt as a past that a group can share.
         """
-        return _shared(*self.language_model([self._prompt(tokens, mask, audio)], last=_last(mask))[0])
+        return _shared(*self.language_model([self._prompt(tokens, mask, audio)], last=_last(mask), keeps=keeps)[0])
 
     def extend(
         self, tokens: jax.Array, positions: jax.Array, mask: jax.Array, past: tuple[Past, ...]
@@ -70,12 +74,16 @@ class Qwen2Audio(nn.Module):
         completions: jax.Array,
         exist: jax.Array,
         packing: Packing | None,
+        known: Known | None = None,
     ) -> tuple[tuple[jax.Array, Past], tuple[jax.Array, Past]]:
-        """`prefill` of prompts and `extend` by completions [B, G, T] in one pass: each matrix is read once for both."""
+        """`prefill` of prompts and `extend` by completions [B, G, T] in one pass: each matrix is read once for both.
+
+        What is `known` of prompts and of the first completions of each is not computed again (activations.py).
+        """
         start = mask.sum(axis=1)[:, None, None]
         positions = start + jnp.broadcast_to(jnp.arange(completions.shape[2]), completions.shape)
         blocks = [self._prompt(tokens, mask, audio), self._block(completions, positions, exist)]
-        prompt, own = self.language_model(blocks, packing=packing, last=_last(mask))
+        prompt, own = self.language_model(blocks, packing=packing, last=_last(mask), known=known)
         return _shared(*prompt), own
 
     def decode(
@@ -130,7 +138,7 @@ def _last(mask: jax.Array) -> jax.Array:
 
 def _shared(hidden: jax.Array, past: Past) -> tuple[jax.Array, Past]:
     """A prompt's one hidden state, and the prompt without its G axis."""
-    return hidden[:, 0, 0], Past(past.k[:, :, :, 0], past.v[:, :, :, 0], past.mask[:, 0])
+    return hidden[:, 0, 0], Past(past.k[:, :, :, 0], past.v[:, :, :, 0], past.mask[:, 0], past.made)
 
 
 def init(model: Qwen2Audio, key: jax.Array) -> dict:
