@@ -77,10 +77,9 @@ def intervals(records: list[dict], config: FrozenConfigDict) -> dict[str, list[f
     there is none."""
     values = metrics.per_utterance(*(np.array([r[key] for r in records]) for key in ("target", "readout")))
     speakers = np.array([r["speaker"] for r in records]) if config.eval.cluster == "speaker" else None
-    if speakers is not None and len(set(speakers.tolist())) < 2:
-        return {}
     how = {"seed": 0, "samples": config.eval.resamples, "level": config.eval.level, "clusters": speakers}
-    return {name: list(significance.interval(value, **how)) for name, value in values.items()}
+    found = {name: significance.interval(value, **how) for name, value in values.items()}
+    return {name: list(ends) for name, ends in found.items() if ends}
 
 
 def floors(

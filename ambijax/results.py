@@ -86,6 +86,5 @@ def bound(name: str, mine: Sequence[Run]) -> Line:
 
 def estimate(values: np.ndarray, speakers: np.ndarray, bootstrap: Mapping) -> Estimate:
     """Mean of [N] and its interval over speakers; none when there is only one."""
-    if len(set(speakers.tolist())) < 2:
-        return Estimate(float(values.mean()))
-    return Estimate(float(values.mean()), *significance.interval(values, clusters=speakers, **bootstrap))
+    ends = significance.interval(values, clusters=speakers, **bootstrap)
+    return Estimate(float(values.mean()), *(ends or ()))

@@ -15,7 +15,7 @@ _ROUNDING = 1e-12  # relative; flips whose means differ by less are equal
 
 def interval(
     values: np.ndarray, *, seed: int, samples: int, level: float, clusters: np.ndarray | None = None
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """Percentile bootstrap interval of the mean.
 
     What one speaker says is alike, so that drawing utterances alone makes the interval too narrow for a claim about
@@ -30,7 +30,7 @@ def interval(
       clusters: speaker of each utterance [N]; None draws utterances.
 
     Returns:
-      (low, high)
+      (low, high); None of a single cluster, which says nothing about others.
     """
     values = _numbers(values)
     if clusters is None:
@@ -38,6 +38,8 @@ def interval(
     else:
         _, which = np.unique(np.asarray(clusters), return_inverse=True)
         sums, sizes = np.bincount(which, weights=values), np.bincount(which)
+        if len(sums) < 2:
+            return None
     rng = np.random.default_rng(seed)
     means = np.empty(samples)
     for i in range(samples):

@@ -84,7 +84,8 @@ def _table(results: list[dict]) -> str:
     for r in results:
         shape, ours, theirs, ratio = Shape(**r["shape"]), r["ours"], r["reference"], r["ratio"]
         change = ", ".join(f"{name} {value}" for name, value in r["change"].items())
-        title = TITLES[r["row"]] + (f" ({change})" if change else "")
+        kept = ", what the roll-out computed kept" if r["row"] == "grpoz" and shape.keep_activations else ""
+        title = TITLES[r["row"]] + kept + (f" ({change})" if change else "")
         unit, count = PER_STEP.get(r["row"], ("", None))
         speeds = [
             f"{x['median']:.3f} s" + (f" = {count(shape) / x['median']:.4g} {unit}" if count else "")
@@ -137,7 +138,8 @@ def _limits(plain: list[dict]) -> str:
 def _grpoz_limits(results: list[dict]) -> str:
     """How long GRPOz takes at the device's rates, in every shape that was measured; '' where the rates were not."""
     by_row = {r["row"]: r for r in results if not r["change"]}
-    alone = {str(r["change"]): _faster(r) for r in results if r["row"] == "products"}
+    kept = lambda r: (str(r["change"]), Shape(**r["shape"]).keep_activations)  # noqa: E731
+    alone = {kept(r): _faster(r) for r in results if r["row"] == "products"}
     steps = [r for r in results if r["row"] == "grpoz"]
     rate, bandwidth = _rate(by_row), _bandwidth(by_row)
     if not steps or not rate or not bandwidth:
@@ -148,7 +150,7 @@ def _grpoz_limits(results: list[dict]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for r in steps:
-        shape, measured = Shape(**r["shape"]), alone.get(str(r["change"]))
+        shape, measured = Shape(**r["shape"]), alone.get(kept(r))
         sampled = shape.clips * shape.samples * shape.new_tokens
         products = sum(2 * math.prod(size) * n for size, n in shapes.products(shape).items()) / rate
         decoding = max(_bytes_of_decoding(shape) / bandwidth, 2 * shape.matrix_parameters * sampled / rate)

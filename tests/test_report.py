@@ -380,3 +380,12 @@ def test_the_command_needs_matplotlib_and_says_so(made, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report", str(made[0]), "--out", str(tmp_path / "out")])
     with pytest.raises(ConfigError, match=r"pip install 'ambijax\[report\]'"):
         report.main()
+
+
+def test_of_one_speaker_the_table_of_changes_has_no_interval_over_speakers(tmp_path, no_figures):
+    run = runs.run(tmp_path / "run", runs.corpus(tmp_path / "corpus", 8, speakers=1))
+    settings_ = json.loads((run / "config.json").read_text())
+    settings_["eval"]["cluster"] = "speaker"
+    (run / "config.json").write_text(json.dumps(settings_))
+    changed = re.search(r"GRPOz − base</th>(.*?)</tr>", _write([run], tmp_path / "out"))[1]
+    assert re.fullmatch(r"(<td>[+−]\d\.\d{3}</td>)+", changed)

@@ -101,3 +101,8 @@ def test_holm_by_hand():
 def test_what_has_no_mean_is_refused(values):
     with pytest.raises(ValueError, match="expected finite numbers"):
         significance.interval(np.array(values), seed=0, samples=10, level=0.9)
+
+
+def test_one_speaker_says_nothing_about_others():
+    values = np.arange(5.0)
+    assert significance.interval(values, seed=0, samples=10, level=0.9, clusters=np.zeros(5)) is None

@@ -71,11 +71,14 @@ def _change(run: Run, base: System, trained: System, key: str) -> str:
     e = run.config.eval
     speakers = np.array([record["speaker"] for record in trained.records]) if e.cluster == "speaker" else None
     before, after = (metrics.per_utterance(s.target, s.readout)[key] for s in (base, trained))
-    low, high = significance.interval(after - before, seed=0, samples=e.resamples, level=e.level, clusters=speakers)
+    signed = lambda value: f"{value:+.3f}".replace("-", "−")  # noqa: E731
+    mean = signed(np.mean(after - before))
+    ends = significance.interval(after - before, seed=0, samples=e.resamples, level=e.level, clusters=speakers)
+    if ends is None:  # of one speaker
+        return f"<td>{mean}</td>"
     p = significance.paired(after, before, seed=0, samples=e.resamples, clusters=speakers)
     exact = f"p = {p:.3f}" if p >= 0.001 else "p &lt; 0.001"
-    signed = [f"{value:+.3f}".replace("-", "−") for value in (np.mean(after - before), low, high)]
-    return f"<td>{signed[0]}<small>{signed[1]} to {signed[2]}</small><small>{exact}</small></td>"
+    return f"<td>{mean}<small>{signed(ends[0])} to {signed(ends[1])}</small><small>{exact}</small></td>"
 
 
 def _cell(value: float | None, spread: list[float] | None = None, best: bool = False) -> str:
