@@ -237,9 +237,8 @@ class Decoder(nn.Module):
             of_layer = functools.partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
             params = jax.tree.map(of_layer, stacks["params"])
             rngs = {} if key is None else {"dropout": key}
-            given = (x, (), (), turn, masks, packing, last)
             made = jax.tree.map(of_layer, known if last is None else known[1:])  # of a prompt no last layer's
-            given = (*given, made, after, keeps and last is None)
+            given = (x, (), (), turn, masks, packing, last, made, after, keeps and last is None)
             return layer.apply({"params": params} | adapters, *given, rngs=rngs)
 
         one = jax.checkpoint(run, prevent_cse=False, policy=keep(self.remat))
