@@ -23,6 +23,7 @@ from ambijax import (
     guard,
     metrics,
     optim,
+    programs,
     prompt,
     reasoning,
     settings,
@@ -215,7 +216,12 @@ def test_micro_batches_equal_their_part(vocabulary, algorithm, devices, accumula
 def test_what_a_roll_out_kept_changes_no_update(vocabulary, algorithm, changes):
     setting = make(vocabulary, algorithm, grpo__keep_activations=True, **changes)
     parts, _, _ = collect(setting)
-    assert all(part.known is not None for part in parts)
+    for part in parts:  # what is planned is what runs
+        for planned, kept in zip(
+            *map(jax.tree.leaves, (programs._known(setting, part.prompt), part.known)), strict=True
+        ):
+            assert (planned.shape, planned.dtype) == (kept.shape, kept.dtype)
+            assert planned.sharding.is_equivalent_to(kept.sharding, kept.ndim)
     expected = gradient(setting, tuple(part.replace(known=None) for part in parts))
     assert_same_update(expected, gradient(setting, parts))
 
