@@ -26,7 +26,7 @@ def get_config(corpus: str = "cremad") -> ConfigDict:
     c.grpo.temperature = 1.0  # of sampling, and of pi in the loss, gold's share included
     c.grpo.updates = 1  # mu: updates a roll-out
     # True: the update differentiates what the roll-out computed instead of computing it again. At 7B that is 2.7 MB for
-    # each token of the batch until then (docs/recipes.md).
+    # each token of the batch until then (docs/recipes.md), and logp_gap compares no more than the head.
     c.grpo.keep_activations = False
     c.grpo.eps_low = 0.2  # clip range of the ratio pi / pi_old
     c.grpo.eps_high = 0.2  # DAPO raises it to 0.28
