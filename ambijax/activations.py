@@ -52,9 +52,9 @@ class Known(NamedTuple):
 
     def by_layer(self) -> "Known":
         """With layers first and each prompt's completions side by side: [L - 1, B, P, F] and [L, B, G T, F]."""
-        by_layer = lambda z: jnp.moveaxis(z, 1, 0)  # noqa: E731
-        beside = lambda z: by_layer(z).reshape(z.shape[1], len(z), -1, z.shape[-1])  # noqa: E731
-        return Known(jax.tree.map(by_layer, self.prompt), jax.tree.map(beside, self.completions))
+        turned = lambda z: jnp.moveaxis(z, 1, 0)  # noqa: E731
+        beside = lambda z: turned(z).reshape(z.shape[1], len(z), -1, z.shape[-1])  # noqa: E731
+        return Known(jax.tree.map(turned, self.prompt), jax.tree.map(beside, self.completions))
 
 
 def product(multiply: Callable[[jax.Array], jax.Array], x: jax.Array, known: tuple, after: int) -> jax.Array:

@@ -183,10 +183,10 @@ def products(shape: Shape) -> collections.Counter[tuple[int, int, int]]:
 
     def layers(prompts: int, completions: int, times: int, *, known: bool = False, back: bool = False) -> None:
         words = prompts * completions * steps
-        all_ = prompts * shape.prompt + words
-        rows, leaving = words if known else all_, prompts + words
+        tokens = prompts * shape.prompt + words
+        rows, leaving = words if known else tokens, prompts + words
         upper_layers = [(rows, h, h, 4 * upper), (rows, h, m, 2 * upper), (rows, m, h, upper)]
-        last = [(all_, h, h, 2), (leaving, h, h, 2), (leaving, h, m, 2), (leaving, m, h, 1)]
+        last = [(tokens, h, h, 2), (leaving, h, h, 2), (leaving, h, m, 2), (leaving, m, h, 1)]
         for count, inputs, outputs, n in upper_layers + last:
             made[(count, outputs, inputs) if back else (count, inputs, outputs)] += n * times
 
