@@ -3,6 +3,8 @@
 B prompts   G completions of one prompt   P prompt tokens   T completion tokens   M mel frames   A audio tokens
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -152,4 +154,9 @@ def init(model: Qwen2Audio, key: jax.Array) -> dict:
 
 def shapes(model: Qwen2Audio) -> dict:
     """The variables' shapes and dtypes, nothing allocated."""
+    return jax.tree.map(lambda x: x, _shapes(model))  # a tree of the caller's own
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(model: Qwen2Audio) -> dict:
     return jax.eval_shape(lambda: init(model, jax.random.key(0)))
