@@ -65,7 +65,7 @@ def make(vocabulary: prompt.Vocabulary, algorithm: str, *, devices: int = 1, **c
     """A small model under the tiny config of `algorithm`; `changes` are keys with '__' for the dot."""
     config = CONFIGS[algorithm].get_config("tiny")
     few = {f"{kind}.samples": 3 for kind in ("dpo", "grpo") if kind in config}
-    sizes = {"data.batch_size": PROMPTS, "data.max_tokens": 56, "lora.dropout": 0.0, **few}
+    sizes = {"data.batch_size": PROMPTS, "data.max_tokens": 40, "lora.dropout": 0.0, **few}
     config.update_from_flattened_dict(sizes | {key.replace("__", "."): value for key, value in changes.items()})
     settings.check(config)
     model = small.model(

@@ -17,8 +17,6 @@ from ambijax.structs import Batch, Completions, Prompt
 from configs import sft
 from tests.test_model import FRAMES, PEFT_TARGETS, TOLERANCE, _peft_layer, build, make_batch, reference_inputs
 
-peft = pytest.importorskip("peft")
-
 WORDS, ANCHOR, END = (11, 12, 13), (5, 6), 1
 VOCABULARY = prompt.Vocabulary(
     tokenizer=None,
@@ -54,6 +52,7 @@ def gold(rows: int) -> tuple[Completions, np.ndarray]:
 @pytest.mark.slow  # compiling takes most of its time
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT 0.21 asks transformers 5.23
 def test_sft_loss_and_its_gradient_equal_peft(tmp_path):
+    peft = pytest.importorskip("peft")  # here: to import it takes seconds, also where the test is left out
     pair = build("grouped_tied", tmp_path)
     asked = make_batch(pair, FRAMES[:3], "right", seed=5)
     rows = len(asked.tokens)

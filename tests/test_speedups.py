@@ -217,7 +217,7 @@ def test_what_a_layer_keeps_changes_no_gradient(model, variables, remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, kept)
 
 
-@pytest.mark.parametrize("gold", [1, 0])
+@pytest.mark.parametrize("gold", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_an_update_from_what_the_roll_out_kept_has_the_loss_and_gradients_of_one_that_computes_all(
     model, variables, gold
 ):
