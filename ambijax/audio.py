@@ -26,6 +26,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ambijax import lfs
 from ambijax.errors import ConfigError, DataError
 
 SAMPLE_RATE = 16_000  # samples a second
@@ -99,12 +100,12 @@ def declared_frames(path: Path) -> int:
 def _assert_whole(path: Path) -> None:
     """Finds what libsndfile is silent about: pointer files, and sounds that end before their header or format says."""
     size = path.stat().st_size
+    if lfs.is_pointer(path):
+        raise DataError(f"{path}: a git-lfs pointer, not the sound itself; run `git lfs pull` in its repository")
     with path.open("rb") as file:
         head = file.read(12)
         if not head:
             raise DataError(f"{path}: the file is empty")
-        if head == b"version http":
-            raise DataError(f"{path}: a git-lfs pointer, not the sound itself; run `git lfs pull` in its repository")
         if head.startswith(b"OggS"):
             if not _ends(file, size):
                 raise DataError(f"{path}: truncated, its last page is missing or cut; copy it again")

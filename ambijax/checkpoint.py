@@ -28,7 +28,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from ambijax import digest, hosts, rules
-from ambijax.errors import ConfigError, NonFiniteError
+from ambijax.errors import ConfigError, NonFiniteError, described
 from ambijax.workdir import check_writable
 
 TRAINED = "trained"  # the field of structs.TrainState that `load_trained` reads
@@ -129,7 +129,7 @@ class Checkpoints:
             try:
                 digest.amend(path, {"metric": metric})
             except (OSError, digest.DamagedError) as error:
-                logging.warning("%s: its dev score is not noted: %s; training goes on", path, digest.one_line(error))
+                logging.warning("%s: its dev score is not noted: %s; training goes on", path, described(error))
             self._prune()
 
     def _commit(self, record: dict, arrays: dict[str, np.ndarray]) -> None:
@@ -150,7 +150,7 @@ class Checkpoints:
             logging.warning(
                 "checkpoint %s is not written: %s; needs %d bytes, %d are free; training goes on, last good step: %s",
                 final,
-                digest.one_line(error),
+                described(error),
                 need,
                 shutil.disk_usage(self.directory).free,
                 self.latest,
@@ -167,7 +167,7 @@ class Checkpoints:
             try:
                 _remove(path)
             except OSError as error:
-                logging.warning("%s is not removed: %s; training goes on", path, digest.one_line(error))
+                logging.warning("%s is not removed: %s; training goes on", path, described(error))
 
     def check(self, meta: dict) -> bool:
         """Reads what `restore` will place, so that a run which cannot go on says so before anything slow is read.

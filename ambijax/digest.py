@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ambijax.errors import ConfigError
+from ambijax.errors import ConfigError, described
 
 FORMAT = 1  # raised when an older program could not read what this one writes
 
@@ -99,7 +99,7 @@ def read_arrays(directory: Path, record: dict) -> dict[str, np.ndarray]:
     try:
         arrays = _orbax().restore(directory.absolute() / "state")
     except Exception as error:  # every file is as written, so it is this Orbax that cannot read them
-        raise DamagedError(f"Orbax cannot read it: {one_line(error)}") from error
+        raise DamagedError(f"Orbax cannot read it: {described(error)}") from error
     if {name: _describe(array) for name, array in arrays.items()} != record["arrays"]:
         raise DamagedError("its arrays are not those that were saved")
     if bad := non_finite(arrays):
@@ -120,11 +120,6 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def one_line(error: Exception) -> str:
-    """An exception of a library as part of one line for a person."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _describe(array: np.ndarray) -> dict:

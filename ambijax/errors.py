@@ -51,25 +51,30 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
     try:
         main()
-    except AmbijaxError as error:
-        if os.environ.get("AMBIJAX_TRACEBACK") == "1":
-            raise
-        print("ambijax:", " ".join(str(error).splitlines()), file=sys.stderr)
-        sys.exit(error.exit_code)
-    except (MemoryError, RuntimeError) as error:  # jax's own is a RuntimeError
-        if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
-            raise
-        if os.environ.get("AMBIJAX_TRACEBACK") == "1":
-            raise
-        needed = (str(error).strip() or "MemoryError").splitlines()[0][:_SHOWN]
-        advice = "python -m ambijax.plan says what takes how much, and which setting makes it smaller"
-        print(f"ambijax: out of memory: {needed}; {advice}", file=sys.stderr)
-        sys.exit(ConfigError.exit_code)
-    except OSError as error:  # a full disk, a file that vanished
-        if os.environ.get("AMBIJAX_TRACEBACK") == "1":
-            raise
-        print(f"ambijax: {error}", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
         print("ambijax: interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        message, code = _explained(error)
+        if not message or os.environ.get("AMBIJAX_TRACEBACK") == "1":
+            raise
+        print("ambijax:", message, file=sys.stderr)
+        sys.exit(code)
+
+
+def described(error: Exception) -> str:
+    """An exception of a library as part of one line for a person."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:_SHOWN]
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """One line for the user and an exit code; '' of what only a traceback explains."""
+    if isinstance(error, AmbijaxError):
+        return " ".join(str(error).splitlines()), error.exit_code
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)):
+        needed = (str(error).strip() or "MemoryError").splitlines()[0][:_SHOWN]
+        advice = "python -m ambijax.plan says what takes how much, and which setting makes it smaller"
+        return f"out of memory: {needed}; {advice}", ConfigError.exit_code
+    if isinstance(error, OSError):  # a full disk, a file that vanished
+        return str(error), AmbijaxError.exit_code
+    return "", AmbijaxError.exit_code

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ambijax import lfs
 from ambijax.errors import ConfigError
 from ambijax.model import config as model_config
 from ambijax.model import qwen2_audio
@@ -175,9 +176,8 @@ def _header(path: Path) -> list[Tensor]:
     """The tensors of one safetensors file."""
     if not path.is_file():
         raise ConfigError(f"{path} is missing")
-    with path.open("rb") as file:
-        if file.read(23) == b"version https://git-lfs":
-            raise ConfigError(f"{path} is a git-lfs pointer, not weights; fetch them with `git lfs pull`")
+    if lfs.is_pointer(path):
+        raise ConfigError(f"{path} is a git-lfs pointer, not weights; fetch them with `git lfs pull`")
     try:
         with safe_open(path, "numpy") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a mapping

@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from ambijax import lfs
 from ambijax.emotions import soft_label
 from ambijax.errors import ConfigError, DataError
 from ambijax.workdir import replace
@@ -90,7 +91,6 @@ _FIELDS = {field.name: field for field in dataclasses.fields(Utterance)}
 _REQUIRED = [name for name, field in _FIELDS.items() if field.default is dataclasses.MISSING]
 _FILLED = ("id", "audio", "speaker")  # an empty one would name nothing
 _VOTES_MAX = 1e9  # more annotators than any corpus has; keeps NaN, infinity and absurd integers out
-_POINTER_MAX = 1024  # bytes; a git-lfs pointer has about 130
 _TYPES = {"fold": int, "votes": dict}  # every other field is a string
 
 
@@ -256,7 +256,7 @@ def check_sounds(corpus: Corpus) -> None:
         path = corpus.path(utterance)
         if not path.is_file():
             missing.append(path)
-        elif path.stat().st_size < _POINTER_MAX and path.read_bytes().startswith(b"version https://git-lfs"):
+        elif lfs.is_pointer(path):
             pointers.append(path)
     of = f"of {len(corpus.utterances)} sounds in {corpus.root}"
     wrong = [f"{len(missing)} {of} are missing, such as {missing[0]}"] if missing else []

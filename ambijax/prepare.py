@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ambijax import audio, emotions, errors, manifest, metrics
+from ambijax import audio, emotions, errors, lfs, manifest, metrics
 from ambijax.corpora import cremad, iemocap, own
 from ambijax.corpora.release import Release
 from ambijax.emotions import soft_label
@@ -129,20 +129,11 @@ def _read(args: argparse.Namespace) -> Release:
 
 def _assert_no_pointers(paths: dict[str, Path], root: Path) -> None:
     """Names what a checkout without git-lfs leaves instead of sound, before any clip is decoded."""
-    if pointers := [path for path in paths.values() if _is_pointer(path)]:
+    if pointers := [path for path in paths.values() if lfs.is_pointer(path)]:
         raise DataError(
             f"{len(pointers)} of {len(paths)} audio files are git-lfs pointers, not sound, for one {pointers[0]}; "
             f"run `git lfs pull` in {root}"
         )
-
-
-def _is_pointer(path: Path) -> bool:
-    prefix = b"version https://git-lfs"
-    try:
-        with path.open("rb") as file:
-            return file.read(len(prefix)) == prefix
-    except OSError:  # missing or not to be read: decoding says so
-        return False
 
 
 def _make(out: Path) -> None:

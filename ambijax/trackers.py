@@ -26,7 +26,7 @@ import numpy as np
 from absl import logging
 from ml_collections import FrozenConfigDict
 
-from ambijax import audio, digest, errors, manifest, settings
+from ambijax import audio, errors, manifest, settings
 from ambijax.errors import AmbijaxError, ConfigError
 from ambijax.workdir import replace
 
@@ -74,7 +74,7 @@ def _follow(config: FrozenConfigDict, workdir: Path, over: threading.Event) -> N
     try:
         send(config, config.tracker, workdir, over)
     except Exception as error:  # whatever another package does, the run goes on
-        _warn(config.tracker, workdir, f"failed ({digest.one_line(error)})")
+        _warn(config.tracker, workdir, f"failed ({errors.described(error)})")
 
 
 def send(config: FrozenConfigDict, name: str, workdir: Path, over: threading.Event) -> None:
@@ -247,7 +247,7 @@ def main() -> None:
     except AmbijaxError:
         raise
     except Exception as error:
-        raise ConfigError(f"the tracker {args.tracker} failed ({digest.one_line(error)}); try again") from error
+        raise ConfigError(f"the tracker {args.tracker} failed ({errors.described(error)}); try again") from error
     print(f"{args.run} is in {args.tracker}")
 
 

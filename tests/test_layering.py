@@ -12,7 +12,7 @@ LAYERS = [
     ["errors"],
     ["signals", "console"],
     ["hosts", "chips", "cost", "compilation", "ahead"],
-    ["emotions", "workdir", "digest", "kept", "watchdog", "planned"],
+    ["emotions", "workdir", "digest", "kept", "lfs", "watchdog", "planned"],
     ["journal", "goodput"],
     ["audio", "reasoning", "packing", "sharding"],
     ["activations"],
