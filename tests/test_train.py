@@ -16,7 +16,8 @@ pytestmark = needs_tiny
 # Twelve training clips in batches of four: the epoch ends at step 3.
 HOW = [
     *("--config.steps=4", "--config.data.batch_size=4", "--config.grpo.samples=2", "--config.optim.accumulate=2"),
-    *("--config.eval.every=2", "--config.eval.checkpoint=best", "--config.eval.max_clips=2"),
+    *("--config.eval.every=2", "--config.eval.checkpoint=best"),
+    *("--config.eval.max_clips=2", "--config.eval.batch_size=2"),
 ]
 
 
