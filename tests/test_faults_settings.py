@@ -172,6 +172,22 @@ def test_too_little_memory_is_one_line(ask, capsys):
         errors.run(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
 
 
+@pytest.mark.parametrize("error", [DataError("a.wav:\nno sound"), OSError("no space left"), MemoryError()])
+def test_a_traceback_can_be_asked_for(error, capsys, monkeypatch):
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        errors.run(main)
+    assert end.value.code == {DataError: 3, OSError: 1, MemoryError: 2}[type(error)]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ambijax: ")
+    monkeypatch.setenv("AMBIJAX_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        errors.run(main)
+    assert not capsys.readouterr().err
+
+
 def test_a_corpus_without_enough_folds_is_named(tmp_path):
     record = {"id": "a", "audio": "a.wav", "transcript": "", "speaker": "s", "fold": 0, "votes": {"anger": 1}}
     (tmp_path / "manifest.jsonl").write_text(json.dumps(record) + "\n")
