@@ -23,7 +23,7 @@ def check(config: FrozenConfigDict, directory: Path, *, write: bool) -> Setting:
     Args:
       config: passed `settings.check`.
       directory: the run's.
-      write: create a synthetic corpus that is not there.
+      write: create a synthetic corpus that is not there, unless something else is wrong: it takes a while.
 
     Raises:
       ConfigError, DataError: lists all problems of mesh, model, tokenizer, weights, corpus and disk.
@@ -32,10 +32,11 @@ def check(config: FrozenConfigDict, directory: Path, *, write: bool) -> Setting:
     steps = (
         lambda: found.append(assemble.setting(config)),
         lambda: convert.check(config.model.checkpoint),
-        lambda: check_corpus(config, write),
         lambda: _check_disk(found[0], directory) if found else None,
     )
     wrong = [error for step in steps if (error := _error(step))]
+    if error := _error(lambda: check_corpus(config, write and not wrong)):
+        wrong.append(error)
     if wrong:
         kind = ConfigError if any(isinstance(error, ConfigError) for error in wrong) else DataError
         raise kind("; ".join(dict.fromkeys(map(str, wrong))))

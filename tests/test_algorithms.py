@@ -44,7 +44,7 @@ from tests import small
 from tests.test_prompt import train
 
 CONFIGS = {"sft": sft, "dpo": dpo, "grpo": grpo, "grpoz": grpoz}
-PROMPTS = 16
+FEW, MANY = 8, 16  # prompts; many where eight devices or four parts share them
 COTS = [Reasoning(f"slow {i}", "a plain statement", "soft and falling", "sad" * (1 + i)).render() for i in range(4)]
 
 
@@ -65,7 +65,7 @@ def make(vocabulary: prompt.Vocabulary, algorithm: str, *, devices: int = 1, **c
     """A small model under the tiny config of `algorithm`; `changes` are keys with '__' for the dot."""
     config = CONFIGS[algorithm].get_config("tiny")
     few = {f"{kind}.samples": 3 for kind in ("dpo", "grpo") if kind in config}
-    sizes = {"data.batch_size": PROMPTS, "data.max_tokens": 40, "lora.dropout": 0.0, **few}
+    sizes = {"data.batch_size": FEW, "data.max_tokens": 40, "lora.dropout": 0.0, **few}
     config.update_from_flattened_dict(sizes | {key.replace("__", "."): value for key, value in changes.items()})
     settings.check(config)
     model = small.model(
@@ -78,14 +78,15 @@ def make(vocabulary: prompt.Vocabulary, algorithm: str, *, devices: int = 1, **c
 
 
 def batch_for(setting: Setting) -> Batch:
-    """Sixteen prompts; the fourth has no chain of thought."""
+    """A batch of prompts; the fourth has no chain of thought."""
+    n = setting.config.data.batch_size
     rng = np.random.default_rng(0)
     utterances = [
         Utterance(f"u{i}", "", "well " * (i % 3), "s", 0, {CREMAD[i % 6]: 3, CREMAD[(i + 2) % 6]: i}, cot=COTS[i % 4])
-        for i in range(PROMPTS)
+        for i in range(n)
     ]
     utterances[3] = dataclasses.replace(utterances[3], cot="")
-    frames = rng.integers(12, 30, PROMPTS)
+    frames = rng.integers(12, 30, n)
     live = assemble.trains_tower(setting.config)
     width = (32, 8) if live else (8, 32)
     sounds = {
@@ -107,7 +108,7 @@ def batch_for(setting: Setting) -> Batch:
         live_tower=live,
         root=Path(),
     )
-    return built["train"].batch(range(PROMPTS))
+    return built["train"].batch(range(n))
 
 
 def collect(setting: Setting) -> tuple[tuple, dict, list]:
@@ -167,8 +168,9 @@ def assert_same_update(expected: tuple[dict, dict], got: tuple[dict, dict]) -> N
 )
 def test_parts_equal_the_whole_batch(vocabulary, algorithm, devices, parts):
     # A peer scales this model's loss by the number of parts: the gradient would be four times too large here.
-    whole = make(vocabulary, algorithm, devices=devices)
-    in_parts = make(vocabulary, algorithm, devices=devices, optim__accumulate=parts)
+    changes = {"devices": devices, "data__batch_size": MANY}
+    whole = make(vocabulary, algorithm, **changes)
+    in_parts = make(vocabulary, algorithm, **changes, optim__accumulate=parts)
     (one,), measured, samples = collect(whole)
     four, measured_in_parts, samples_in_parts = collect(in_parts)
     assert len(four) == parts
@@ -192,7 +194,7 @@ def test_parts_equal_the_whole_batch(vocabulary, algorithm, devices, parts):
     ],
 )
 def test_micro_batches_equal_their_part(vocabulary, algorithm, devices, accumulate, sizes):
-    changes = {"devices": devices, "optim__accumulate": accumulate}
+    changes = {"devices": devices, "data__batch_size": MANY, "optim__accumulate": accumulate}
     parts, _, _ = collect(make(vocabulary, algorithm, **changes))
     expected = gradient(make(vocabulary, algorithm, **changes), parts)
     for size in sizes:
@@ -209,7 +211,7 @@ def test_micro_batches_equal_their_part(vocabulary, algorithm, devices, accumula
             for case in [
                 ("grpo", {"optim__accumulate": 2}),
                 ("grpoz", {"optim__train": ("lora/.*", "params/language_model/.*"), "grpo__beta_kl": 0.0}),
-                ("grpoz", {"devices": 8, "optim__micro_batch": 8}),
+                ("grpoz", {"devices": 8, "data__batch_size": MANY, "optim__micro_batch": 8}),
             ]
         ),
     ],
@@ -229,7 +231,7 @@ def test_what_a_roll_out_kept_changes_no_update(vocabulary, algorithm, changes):
 
 @pytest.mark.slow
 def test_micro_batches_stay_on_their_devices_and_take_less_memory(vocabulary):
-    settings_ = [make(vocabulary, "sft", devices=8, optim__micro_batch=size) for size in (0, 8)]
+    settings_ = [make(vocabulary, "sft", devices=8, data__batch_size=MANY, optim__micro_batch=size) for size in (0, 8)]
     parts, _, _ = collect(settings_[0])
     temporary = []
     for setting in settings_:
@@ -268,7 +270,7 @@ def expected_group_loss(setting: Setting, group: Group, before: dict, now: dict)
     members = (lengths > 0).sum(-1)  # the fourth prompt has no gold
     loss = {
         "sequence_mean": (total / np.maximum(lengths, 1)).sum(-1) / members,
-        "token_mean": total.sum(-1) * PROMPTS / mask.sum(),
+        "token_mean": total.sum(-1) * FEW / mask.sum(),
         "constant_length": total.sum(-1) / (members * c.data.max_tokens),
     }[c.grpo.aggregate]
     if setting.config.algorithm == "grpoz":
@@ -487,7 +489,7 @@ def test_the_dpo_loss_is_equation_4(vocabulary, changes):
     pairs = np.asarray(collected.pairs)
     js = np.array([[member["js"] for member in group] for group in samples])
     worst = js if c.dpo.negatives == "all" else js.max(axis=1, keepdims=True)
-    np.testing.assert_array_equal(pairs, (worst > c.dpo.tau) & (np.arange(PROMPTS) != 3)[:, None])
+    np.testing.assert_array_equal(pairs, (worst > c.dpo.tau) & (np.arange(FEW) != 3)[:, None])
     assert measured["dpo/pairs"] == pytest.approx(pairs.mean())
     dpo = np.where(pairs, np.logaddexp(0, -margin), 0).sum(-1) / np.maximum(pairs.sum(-1), 1)
     gold, readout = np.asarray(scores[0].logp, np.float64)[:, 0], np.asarray(scores[0].readout, np.float64)[:, 0]
@@ -518,7 +520,7 @@ def test_the_sft_loss_is_equation_3(vocabulary, changes, covered, ce_weight, kl_
         scores = setting.score(now, batch.prompt, batch.gold, {})
     logp, readout = np.asarray(scores.logp, np.float64)[:, 0], np.asarray(scores.readout, np.float64)[:, 0]
     kl = rel_entr(np.asarray(batch.target, np.float64), softmax(readout, -1)).sum(-1)
-    for row in range(PROMPTS):
+    for row in range(FEW):
         ids = np.asarray(batch.gold.tokens)[row, 0]
         length, anchor = int(batch.gold.mask[row].sum()), int(batch.gold.anchor[row, 0])
         assert ids[anchor + 1] in vocabulary.class_ids
@@ -595,12 +597,12 @@ def test_all_that_is_trained_moves_and_the_rest_is_bit_equal(vocabulary, algorit
     [
         ("dpo", {"optim__train": FULL}, "optim.train reaches base weights, but the reference policy is the base"),
         ("grpoz", {"optim__train": FULL}, "or set grpo.beta_kl=0"),
-        ("sft", {"optim__accumulate": 3}, "optim.accumulate=3 must divide data.batch_size=16"),
+        ("sft", {"optim__accumulate": 3}, "optim.accumulate=3 must divide data.batch_size=8"),
         ("sft", {"data__pack": True, "optim__accumulate": 2}, "data.pack is without optim.accumulate=2"),
         (
             "grpo",
             {"optim__accumulate": 2, "optim__micro_batch": 3},
-            "optim.micro_batch=3 must divide data.batch_size=16 / optim.accumulate=2",
+            "optim.micro_batch=3 must divide data.batch_size=8 / optim.accumulate=2",
         ),
         ("sft", {"data__pack": True, "optim__micro_batch": 2}, "data.pack is without optim.micro_batch=2"),
         (

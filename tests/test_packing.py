@@ -66,7 +66,7 @@ def test_a_token_in_a_wrong_slot_changes_the_scores(model, variables, asked, com
     assert np.abs(_score(model, variables, asked, packed).logp - plain.logp).max() > 1e-3
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.integers(1, 3), st.lists(st.booleans(), min_size=6 * 20, max_size=6 * 20))
 def test_every_token_has_one_place(parts, exists):
     exists = np.array(exists).reshape(6, 20) & (np.arange(6)[:, None] % 2 > 0)
