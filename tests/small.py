@@ -22,8 +22,9 @@ def model(
     vocabulary: int = VOCABULARY,
     audio_token: int = AUDIO,
     audio_tower: bool = False,
+    layers: int = 3,
 ) -> qwen2_audio.Qwen2Audio:
-    """Grouped key-value heads, three layers; wide enough to shard eight ways."""
+    """Grouped key-value heads; wide enough to shard eight ways."""
     shape = model_config.Qwen2AudioConfig(
         audio=model_config.AudioConfig(
             num_mel_bins=8, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=32, d_model=16
@@ -32,7 +33,7 @@ def model(
             vocab_size=vocabulary,
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=3,
+            num_hidden_layers=layers,
             num_attention_heads=8,
             num_key_value_heads=4,
             head_dim=8,

@@ -217,12 +217,13 @@ def test_what_a_layer_keeps_changes_no_gradient(model, variables, remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, kept)
 
 
-@pytest.mark.parametrize("gold", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_an_update_from_what_the_roll_out_kept_has_the_loss_and_gradients_of_one_that_computes_all(
-    model, variables, gold
-):
+@pytest.mark.parametrize(
+    ("gold", "layers"), [(1, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(0, 3), (1, 1)])]
+)
+def test_an_update_from_what_the_roll_out_kept_has_the_loss_and_gradients_of_one_that_computes_all(gold, layers):
     # Another prompt's activations, another layer's or another token's would give other ones.
-    prompt = small.prompts(3)
+    model = small.model(layers=layers)
+    variables, prompt = small.variables(model), small.prompts(3)
     how = {"tokens": small.TOKENS, "samples": 4, "max_tokens": 10, "temperature": 1.0, "keeps": True}
     rolled = policy.rollout(model, variables, prompt, jax.random.key(0), small.ENDS_LINE, **how)
     given = jax.tree.map(np.asarray, rolled.completions)

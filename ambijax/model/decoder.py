@@ -237,7 +237,8 @@ class Decoder(nn.Module):
             of_layer = functools.partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
             params = jax.tree.map(of_layer, stacks["params"])
             rngs = {} if key is None else {"dropout": key}
-            made = jax.tree.map(of_layer, known if last is None else known[1:])  # of a prompt no last layer's
+            # Of a prompt no last layer's; a single layer is the last, but the scan traces its body all the same.
+            made = jax.tree.map(of_layer, known if last is None and count > 1 else known[1:])
             given = (x, (), (), turn, masks, packing, last, made, after, keeps and last is None)
             return layer.apply({"params": params} | adapters, *given, rngs=rngs)
 
