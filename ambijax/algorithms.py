@@ -212,7 +212,9 @@ def group_loss(setting: Setting, variables: dict, collected: Group, rngs: dict) 
     aux = {"entropy": mean(scores.entropy[:, :k]), "logp_gap": mean(jnp.abs(old[:, :k] - collected.logp_drawn))}
     if c.grpo.updates > 1:
         rho = jnp.exp(scores.logp - old)[:, :k]
-        aux["clipped"] = mean((rho < 1 - c.grpo.eps_low) | (rho > 1 + c.grpo.eps_high))
+        a = collected.advantages[:, :k, None]
+        clipped = jnp.where(a > 0, rho > 1 + c.grpo.eps_high, rho < 1 - c.grpo.eps_low) & (a != 0)
+        aux["clipped"] = mean(clipped)  # tokens whose gradient that stops
     if c.grpo.gold_gamma > 0:
         shaped = losses.shaped_imitation(scores.logp[:, k:], collected.advantages[:, k:], c.grpo.gold_gamma)
         per_token = jnp.concatenate([per_token[:, :k], shaped], axis=1)

@@ -46,6 +46,7 @@ def setting(config: FrozenConfigDict, devices: Sequence | None = None) -> Settin
     over = mesh(config, shape, devices)
     vocabulary = prompt.load(config.model.checkpoint, config.data.labels)
     prompt.assert_fits(vocabulary, shape.text.vocab_size, shape.audio_token)
+    prompt.assert_answers_fit(vocabulary, config.data.max_tokens)
     return Setting(model=model(config, shape), vocabulary=vocabulary, mesh=over, config=config)
 
 
@@ -133,7 +134,7 @@ def base(setting: Setting) -> dict:
     )
 
 
-# Settings that may change between the parts of a run; every other one makes it another run.
+# Settings that may change between the parts of a run, beside `rules.CUT`; every other one makes it another run.
 FREE = ("mesh", "hosts", "checkpoint", "warn", "log_every", "watchdog_seconds", "tracker", "tracker_audio")
 
 
@@ -146,6 +147,8 @@ def identity(config: FrozenConfigDict) -> dict:
     kept = {key: value for key, value in config.to_dict().items() if key not in FREE}
     # Dev scores of other clips or measures are not to be compared.
     kept["eval"] = {key: config.eval[key] for key in ("max_clips", "dev_clips", "metric")}
+    for section, name in (key.split(".") for key in rules.CUT):
+        del kept[section][name]
     del kept["data"]["root"], kept["data"]["features"], kept["model"]["checkpoint"]  # they may move
     return kept | {
         "base": convert.digest(config.model.checkpoint),

@@ -26,6 +26,8 @@ CHIPS = {
     "TPU v5 lite": Chip("v5e", int(15.75 * GIB), 197e12, 819 * GB, 200 * GB),
     "TPU v5": Chip("v5p", int(95.74 * GIB), 459e12, 2765 * GB, 600 * GB),
     "TPU v6 lite": Chip("v6e", int(31.25 * GIB), 918e12, 1640 * GB, 448 * GB),
+    "NVIDIA A100-PCIE-40GB": Chip("A100 40GB", 40 * GB, 312e12, 1555 * GB, 300 * GB),
+    "NVIDIA A100-SXM4-40GB": Chip("A100 40GB", 40 * GB, 312e12, 1555 * GB, 300 * GB),
     "NVIDIA A100": Chip("A100", 80 * GB, 312e12, 2039 * GB, 300 * GB),
     "NVIDIA H100": Chip("H100", 80 * GB, 989e12, 3350 * GB, 450 * GB),
     "NVIDIA H200": Chip("H200", 141 * GB, 989e12, 4800 * GB, 450 * GB),

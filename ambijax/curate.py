@@ -113,7 +113,8 @@ def check(config: ConfigDict) -> None:
         e = c[role]
         need(is_url(e.base_url), f"{role}.base_url={e.base_url!r} must be an http(s) URL")
         need(e.rpm >= 1 and e.tpm >= 1, f"{role}.rpm and {role}.tpm must be at least 1")
-        need(e.bytes_per_token > 0 and e.audio_tokens_per_s >= 0, f"{role}.bytes_per_token must be positive")
+        need(e.bytes_per_token > 0, f"{role}.bytes_per_token must be positive")
+        need(e.audio_tokens_per_s >= 0, f"{role}.audio_tokens_per_s must be 0 or more")
         need(e.max_completion_tokens >= 1, f"{role}.max_completion_tokens must be at least 1")
     if wrong:
         raise ConfigError("configuration: " + "; ".join(wrong))

@@ -134,6 +134,12 @@ def _write_sums(directory: Path) -> None:
     (directory / SUMS).write_text("".join(lines))
 
 
+def _token() -> str:
+    if not (token := os.environ.get("HF_TOKEN")):
+        raise ConfigError("--push needs a token with write access in the environment variable HF_TOKEN")
+    return token
+
+
 def push(directory: Path, repository: str) -> str:
     """Uploads an exported directory to the Hugging Face hub as a private repository; returns its address.
 
@@ -144,9 +150,7 @@ def push(directory: Path, repository: str) -> str:
     """
     import huggingface_hub  # here: no other command needs it
 
-    token = os.environ.get("HF_TOKEN")
-    if not token:
-        raise ConfigError("--push needs a token with write access in the environment variable HF_TOKEN")
+    token = _token()
     hub = huggingface_hub.HfApi(token=token)
     try:
         address = hub.create_repo(repository, private=True, exist_ok=True)
@@ -168,8 +172,10 @@ def main() -> None:
     parser.add_argument("--licence", default="other", help="identifier for the model card, apache-2.0 say")
     parser.add_argument("--push", metavar="USER/NAME", help="upload it, private; the token comes from HF_TOKEN")
     args = parser.parse_args()
-    if args.push and not os.environ.get("HF_TOKEN"):
-        raise ConfigError("--push needs a token with write access in the environment variable HF_TOKEN")
+    if args.dtype and args.format == "peft":
+        raise ConfigError("--dtype is of --format merged; adapters are written as they were trained, in float32")
+    if args.push:
+        _token()  # that there is one, before anything is written
     export(
         args.run,
         args.format,

@@ -31,14 +31,28 @@ class Clip:
     """A clip whose length is known and whose sound is read by the process that needs it."""
 
     frames: int  # valid mel frames
-    load: Callable[[], np.ndarray]  # samples as `audio.load` gives them
+    load: Callable[[], np.ndarray]  # samples as `audio.load` gives them, of so many frames
 
     def mel(self, window: int, n_mels: int) -> np.ndarray:
         """Log-mel [window, n_mels]."""
-        samples = self.load()
-        if audio.mel_frames(len(samples)) != self.frames:
-            raise DataError(f"a clip of {len(samples)} samples whose header promises {self.frames} mel frames")
-        return audio.log_mel(samples, window, n_mels)
+        return audio.log_mel(self.load(), window, n_mels)
+
+
+def _listed(path: Path) -> Clip:
+    """A file whose header says how long it is.
+
+    Raises:
+      DataError: it cannot be read, now or when it is loaded, or is not as long as its header says.
+    """
+    frames = audio.declared_frames(path)
+
+    def load() -> np.ndarray:
+        samples = audio.load(path)
+        if (there := audio.mel_frames(len(samples))) != frames:
+            raise DataError(f"{path}: {there} mel frames of sound where its header promises {frames}; copy it anew")
+        return samples
+
+    return Clip(frames, load)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -137,7 +151,7 @@ def _outputs(
     bar: tqdm.tqdm,
 ) -> list[Sound]:
     """Projected tower outputs, from the shelf where they are there; those that are not are computed and put there."""
-    clips = [Clip(audio.declared_frames(path), functools.partial(audio.load, path)) for path in paths]
+    clips = [_listed(path) for path in paths]
     keys, found = [""] * len(clips), [None] * len(clips)
     if shelf.keeps:
         origin = _origin(model, params, mesh)

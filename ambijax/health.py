@@ -62,7 +62,9 @@ class Health:
 
     def warn(self, step: int, values: dict[str, float]) -> None:
         """Says once when a metric crosses its threshold in config.warn, and again after it has recovered."""
-        if not math.isfinite(values.get("rollout/js", 0)) and "rollout/js" not in self._said:
+        if math.isfinite(values.get("rollout/js", 0)):
+            self._said.discard("rollout/js")
+        elif "rollout/js" not in self._said:
             self._said.add("rollout/js")
             logging.warning("step %d: rollout/js is not finite: read-outs in samples.jsonl are no numbers", step)
         for metric, side, key, meaning in self._watched:

@@ -25,7 +25,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ambijax import ahead, chips, cost, errors, planned, programs, rules, settings
+from ambijax import ahead, chips, cost, errors, planned, programs, rules, settings, workdir
 from ambijax.agent import Setting
 from ambijax.errors import ConfigError
 from ambijax.model import config as model_config
@@ -128,7 +128,7 @@ def _compiled(case: Case, name: str, path: Path) -> tuple[dict, str]:
         memory, text = ahead.compiled(functools.partial(_lower, case, name), here=not case.topology)
         if text:
             kept.write_bytes(gzip.compress(text.encode(), mtime=0))
-        about.write_text(json.dumps(memory) + "\n")
+        workdir.replace(about, json.dumps(memory) + "\n")  # a file that is there is whole
         print(f"compiled {name} in {time.monotonic() - began:.0f} s", file=sys.stderr)
     return json.loads(about.read_text()), gzip.decompress(kept.read_bytes()).decode() if kept.is_file() else ""
 

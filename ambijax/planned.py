@@ -11,6 +11,7 @@ GIB = 2**30
 KEYS = {  # program -> what makes it smaller: first what changes no result, last what makes another experiment
     "encode": ("use more chips (mesh.fsdp, mesh.tensor)",),
     "roll-out": ("raise optim.accumulate", "set model.cache=int8", "lower grpo.samples or dpo.samples"),
+    "old policy": ("raise optim.accumulate", "lower loss.chunk", "lower data.batch_size"),
     "reference": ("raise optim.accumulate", "lower loss.chunk", "lower data.batch_size"),
     "update": ("set optim.micro_batch", "set model.remat=nothing_saveable", "lower grpo.samples"),
     "evaluation": ("lower eval.batch_size", "lower data.max_tokens"),
@@ -61,7 +62,8 @@ def mfu(program: dict, about: dict) -> float:
 def step(result: dict) -> dict | None:
     """One training step: seconds, useful share of the peak, what takes longest; None without a roofline."""
     about = result["about"]
-    times = {"roll-out": about["parts"], "reference": about["parts"], "update": about["updates"]}
+    collected = dict.fromkeys(("roll-out", "old policy", "reference"), about["parts"])
+    times = collected | {"update": about["updates"]}
     parts = [(p, times[p["name"]]) for p in result["programs"] if p["name"] in times]
     if not any(p["name"] == "update" for p, _ in parts) or any(roofline(p, about) is None for p, _ in parts):
         return None
@@ -164,7 +166,7 @@ def text(results: list[dict]) -> str:
 
 def markdown(results: list[dict], command: str, versions: str) -> str:
     """Plans as a document; `command` made it, with these versions of the compiler."""
-    lines = ["# The plan for the default configurations", "", f"Made by `{command}` with {versions}.", ""]
+    lines = ["# The plan", "", f"Made by `{command}` with {versions}.", ""]
     lines += [
         "Memory is what the compiler reports, without machine code. Times are lower bounds: the slowest of arithmetic,"
     ]

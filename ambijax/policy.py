@@ -217,12 +217,17 @@ def rollout(
         return _append(writer, s, logits, token, logp)
 
     s = _start(model, prefix, tokens, *keys.shape, max_tokens)
-    reads_all = decoding_kernel(model.decoding, s.own, model.dtype) is None
-    for room in cache_stages(max_tokens) if reads_all else [max_tokens]:
+    for room in loops(model, max_tokens):
         s = s._replace(own=s.own.grown(s.own.mask.shape[-1] + room))
         s = _write(step, s, room)
     rolled = _finish(writer, s)
     return rolled.replace(known=Known(*map(split, (prefix.past.made, s.own.made)))) if keeps else rolled
+
+
+def loops(model: Qwen2Audio, max_tokens: int) -> list[int]:
+    """The most tokens of each of a roll-out's loops: of one, where attention reads nothing but what is written."""
+    kernel = decoding_kernel(model.decoding, model.cache == "int8", model.dtype, model.config.text.head_dim)
+    return [max_tokens] if kernel else cache_stages(max_tokens)
 
 
 def cache_stages(max_tokens: int) -> list[int]:
@@ -258,7 +263,7 @@ def _writer(
         variables=variables,
         layers=transposed_layers(variables, model.config.text, model.lora, model.dtype, joined),
         prefix=prefix._replace(past=prefix.past.unstacked(model.cache, by_channel=model.decoding == "xla")),
-        head=model.apply(variables, method="head"),
+        head=model.apply(variables, method="head").astype(model.dtype),  # once, where it is trained in float32
         tokens=tokens,
         ends_line=ends_line,
         turn=model.apply(variables, positions, method="turn"),
@@ -289,17 +294,17 @@ def _append(w: _Writer, s: _Decoding, logits: jax.Array, token: jax.Array, logp:
 def _finish(w: _Writer, s: _Decoding) -> Rollout:
     """Reads out what the loop has not: an anchor in the very last slot, and completions without one."""
     b, g, n = s.tokens.shape
-    head, class_ids = w.model.apply(w.variables, method="head"), jnp.array(w.tokens.classes)
+    class_ids = jnp.array(w.tokens.classes)
     own_anchor = s.anchor >= 0
     last_slot = (own_anchor & (s.anchor == s.t - 1))[..., None]  # no step followed that could keep its logits
-    class_logits = jnp.where(last_slot, readout.logits(s.hidden, head, class_ids), s.readout)
+    class_logits = jnp.where(last_slot, readout.logits(s.hidden, w.head, class_ids), s.readout)
     ends = jnp.isin(s.tokens, jnp.array(w.tokens.ends)) & (jnp.arange(n) < s.t)
     ended = jnp.any(ends, axis=-1)
     length = jnp.where(ended, jnp.argmax(ends, axis=-1), s.t)  # without the end token
 
     def force(_: None) -> jax.Array:
         appended = jnp.broadcast_to(jnp.array(w.tokens.forced), (b, g, len(w.tokens.forced)))
-        forced = readout.logits(w.peek(appended, length, s.own)[:, :, -1], head, class_ids)
+        forced = readout.logits(w.peek(appended, length, s.own)[:, :, -1], w.head, class_ids)
         return jnp.where(own_anchor[..., None], class_logits, forced)
 
     return Rollout(

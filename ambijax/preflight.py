@@ -10,6 +10,7 @@ from ml_collections import FrozenConfigDict
 
 from ambijax import assemble, convert, data, kept, manifest, optim
 from ambijax.agent import Setting
+from ambijax.corpora import synthetic
 from ambijax.errors import AmbijaxError, ConfigError, DataError
 from ambijax.model import qwen2_audio
 from ambijax.workdir import check_writable
@@ -108,26 +109,26 @@ def _check_votes(corpus: manifest.Corpus, parts: dict, labels: tuple[str, ...]) 
 
 def is_to_be_written(config: FrozenConfigDict) -> bool:
     """Whether training would write the synthetic corpus first."""
-    return config.data.corpus == "synthetic" and not Path(config.data.root).exists()
+    return config.data.corpus == "synthetic" and synthetic.is_free(Path(config.data.root))
 
 
 def _check_disk(setting: Setting, directory: Path) -> None:
     check_writable(directory)
-    need, free = checkpoint_bytes(setting), shutil.disk_usage(directory).free
+    need, free = checkpoint_bytes(setting.model, setting.config.optim.train), shutil.disk_usage(directory).free
     if free < need:
         raise ConfigError(f"{directory}: a checkpoint takes {need:,} bytes, {free:,} are free; make room")
 
 
-def trained_parameters(setting: Setting) -> int:
-    """How many numbers are trained."""
-    shapes = qwen2_audio.shapes(setting.model)
-    trained, _ = optim.split(shapes, optim.labels(shapes, setting.config.optim.train))
+def trained_parameters(model: qwen2_audio.Qwen2Audio, train: tuple[str, ...]) -> int:
+    """How many numbers are trained with `optim.train`."""
+    shapes = qwen2_audio.shapes(model)
+    trained, _ = optim.split(shapes, optim.labels(shapes, train))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
 
 
-def checkpoint_bytes(setting: Setting) -> int:
+def checkpoint_bytes(model: qwen2_audio.Qwen2Audio, train: tuple[str, ...]) -> int:
     """About how many bytes a checkpoint takes; what is trained is float32."""
-    return 4 * STATE * trained_parameters(setting)
+    return 4 * STATE * trained_parameters(model, train)
 
 
 def plan(setting: Setting, directory: Path) -> str:
@@ -142,13 +143,14 @@ def plan(setting: Setting, directory: Path) -> str:
         if learns_reasoning(c):
             clips += f"; {sum(bool(u.cot) for u in parts['train'])} to train on have a chain of thought"
         epochs = f", {c.steps * c.data.batch_size / max(1, sizes['train']):.1f} epochs"
-    size, free = checkpoint_bytes(setting) / 1e6, shutil.disk_usage(directory).free / 1e9
+    trained = trained_parameters(setting.model, c.optim.train)
+    size, free = checkpoint_bytes(setting.model, c.optim.train) / 1e6, shutil.disk_usage(directory).free / 1e9
     rows = {
         "algorithm": c.algorithm,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}, data {shape['data']} x fsdp "
         f"{shape['fsdp']} x tensor {shape['tensor']}",
         "model": f"{c.model.checkpoint}, {c.model.dtype}",
-        "trained": f"{trained_parameters(setting):,} parameters",
+        "trained": f"{trained:,} parameters",
         "corpus": f"{c.data.root}: {clips}",
         "steps": f"{c.steps} of {c.data.batch_size} prompts{epochs}",
         "features": _features(c),

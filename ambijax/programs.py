@@ -26,7 +26,7 @@ from ambijax.structs import Batch, Completions, Group, Preferences, Prompt, Trai
 class Program:
     """One compiled step of a run."""
 
-    name: str  # encode | roll-out | reference | update | evaluation
+    name: str  # encode | roll-out | old policy | reference | update | evaluation
     function: Callable
     arguments: tuple  # pytrees of ShapeDtypeStruct
     trips: int  # most iterations of a loop whose end depends on the data: tokens of a stage of a roll-out
@@ -37,7 +37,7 @@ class Program:
 
 @functools.lru_cache(maxsize=4)
 def variables(setting: Setting) -> dict:
-    """{'params', 'lora'} as a run holds them: base weights in model.dtype or int8, adapters in float32, in shards."""
+    """{'params', 'lora'} as a run reads them: base weights in model.dtype or int8, adapters in float32, in shards."""
     shapes = dict(qwen2_audio.shapes(setting.model))
     dtype = setting.model.dtype
     stored = lambda x: jax.ShapeDtypeStruct(x.shape, dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)  # noqa: E731
@@ -76,8 +76,8 @@ def programs(setting: Setting, window: int, text: int) -> Iterator[Program]:
     """
     c = setting.config
     rows = functools.partial(_rows, setting.mesh)
-    both = variables(setting)
     whole, frozen, _ = state(setting)
+    both = optim.merge(whole.trained, frozen)  # as they lie in memory: what is trained in float32
     beside = {"optimizer": whole.optimizer}
     shapes = functools.partial(_prompt, setting, rows, window, text)
     part = c.data.batch_size // c.optim.accumulate  # a batch is collected in parts, one after another
@@ -85,7 +85,8 @@ def programs(setting: Setting, window: int, text: int) -> Iterator[Program]:
     key = _everywhere(jax.eval_shape(lambda: jax.random.key(0)), setting.mesh)
 
     yield _encode(setting, rows, both, window, beside)
-    tokens = max(policy.cache_stages(c.data.max_tokens))  # of each of the loops, which are equally long
+    with jax.set_mesh(setting.mesh):
+        tokens = max(policy.loops(setting.model, c.data.max_tokens))  # all are equally long
     how = {"dpo": "dpo", "grpo": "grpo", "grpoz": "grpo"}.get(c.algorithm)
     if how:
         samples, temperature = c[how].samples, c[how].temperature
@@ -100,6 +101,17 @@ def programs(setting: Setting, window: int, text: int) -> Iterator[Program]:
             beside,
         )
     collected = _collected(setting, rows, asked)
+    if getattr(collected, "logp_old", None) is not None:
+        members = collected.logp_old.shape[1]
+        yield Program(
+            "old policy",
+            jax.jit(lambda v, p, g: setting.score(v, p, g, {})),
+            (both, asked, _completions(setting, rows, part, members)),
+            1,
+            part,
+            members,
+            beside,
+        )
     if c.algorithm == "dpo" or (how == "grpo" and c.grpo.beta_kl > 0):
         members = collected.logp_ref.shape[1]
         yield Program(

@@ -215,6 +215,15 @@ def encode_turns(vocabulary: Vocabulary, turns: Sequence[tuple[str, Sequence[str
     return ids
 
 
+def assert_answers_fit(vocabulary: Vocabulary, max_tokens: int) -> None:
+    """Raises ConfigError: not even an answer without reasoning fits into `data.max_tokens`."""
+    length, label = max((len(encode_gold(vocabulary, "", label)[0]), label) for label in vocabulary.labels)
+    if length > max_tokens:
+        raise ConfigError(
+            f"data.max_tokens={max_tokens} is less than the {length} tokens of the answer {label!r} alone"
+        )
+
+
 def encode_gold(vocabulary: Vocabulary, cot: str, label: str) -> tuple[list[int], int]:
     """A completion as the model should have written it.
 

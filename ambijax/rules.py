@@ -169,7 +169,10 @@ RULES = {
     "grpo.gold_adv_clip": _real(_POSITIVE, math.inf),
 }
 
-FREED = ("tracker", "tracker_audio")  # what once had to be equal to resume
+# How a step's work is cut: it is the same step but for rounding, as on another mesh. What runs out of memory is resumed
+# with others.
+CUT = ("optim.micro_batch", "loss.chunk", "model.remat", "model.attention", "model.decoding")
+FREED = ("tracker", "tracker_audio", *CUT)  # what once had to be equal to resume
 # Keys that came later, with what a run did before it could say so: history, which no new run is given. A new key goes
 # here too, or the runs of earlier versions can no longer be read.
 ADDED = {

@@ -21,14 +21,14 @@ from typing import NamedTuple
 
 from ml_collections import FrozenConfigDict
 
-from ambijax import assemble, manifest, settings
+from ambijax import assemble, manifest, rules, settings
 from ambijax.errors import ConfigError, Preempted
 from ambijax.workdir import lock
 
 ATTEMPTS = 3  # starts of one run; a resumed run goes on where it was
 POLL = 0.5  # s between looks at the running processes
 # What may differ between a run as planned and as found: where things lie, and how the work is cut.
-_FREE = (*assemble.FREE, "model.checkpoint", "data.root", "data.features", "eval.batch_size")
+_FREE = (*assemble.FREE, *rules.CUT, "model.checkpoint", "data.root", "data.features", "eval.batch_size")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,12 +19,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 
-from ambijax import assemble, errors, journal, lab, prompt, results, runs, settings, typeset
+from ambijax import assemble, errors, journal, lab, preflight, prompt, results, runs, settings, typeset
 from ambijax.errors import ConfigError
 from ambijax.model import config as model_config
-from ambijax.model import qwen2_audio
 from ambijax.published import published
 from ambijax.runs import Run
 from ambijax.typeset import Sheet
@@ -136,15 +134,13 @@ def _existing(path: Path) -> Path:
 
 
 def _disk(run: Run) -> int:
-    """Bytes of a run: its checkpoints hold the adapters and AdamW's two moments in float32."""
+    """Bytes of a run's checkpoints."""
     config = run.config
     assemble.corpus(config)  # that it is there, and a tokenizer beside the weights
     prompt.load(config.model.checkpoint, config.data.labels)
-    shape, lora = model_config.load(config.model.checkpoint), model_config.LoraConfig(**config.lora)
-    model = qwen2_audio.Qwen2Audio(shape, lora, jnp.dtype(config.model.dtype), config.model.remat)
-    shapes = qwen2_audio.shapes(model)["lora"]
+    model = assemble.model(config, model_config.load(config.model.checkpoint))
     checkpoints = min(config.checkpoint.keep + 1, 1 + config.steps // config.checkpoint.every)
-    return 3 * 4 * sum(x.size for x in jax.tree.leaves(shapes)) * checkpoints
+    return preflight.checkpoint_bytes(model, config.optim.train) * checkpoints
 
 
 def sheet(experiments: SimpleNamespace, title: str, table: str, corpus: str, everything: Sequence[Run]) -> Sheet:
@@ -212,19 +208,23 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--corpus", choices=("iemocap", "cremad", "tiny", "tiny_iemocap"), help="with --table")
     parser.add_argument("--checkpoint", help="base model; default: that of the configs")
     parser.add_argument("--audio_reasoner", help="checkpoint directory of Audio-Reasoner, for its row of Table 2")
-    parser.add_argument("--other", type=Path, help="Table 3: the other corpus; default: data.root of its config")
+    parser.add_argument("--other", type=Path, help="the corpus of rows '-> other'; default: data.root of its config")
     parser.add_argument("--folds", type=int, help="the first so many of five")
     parser.add_argument("--seeds", type=int, help="default: 1, in the lab 5")
     parser.add_argument("--quick", action="store_true", help="with --lab: ten minutes, for gross differences")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each on its share of the CPU cores")
-    parser.add_argument("--plan", action="store_true", help="say what would be done, and stop")
-    parser.add_argument("--report", action="store_true", help="write the tables from what is there, run nothing")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--plan", action="store_true", help="say what would be done, and stop")
+    how.add_argument("--report", action="store_true", help="write the tables from what is there, run nothing")
     parser.add_argument(
         "--seconds_per_step", nargs="+", default=[], metavar="ROW=S", help="for the plan; measured where there are runs"
     )
     args, args.overrides = parser.parse_known_args()
     if wrong := [a for a in args.overrides if not a.startswith("--config.") or "=" not in a]:
         raise ConfigError(f"unexpected argument {wrong[0]!r}; settings for all runs are --config.KEY=VALUE")
+    strangers = ("corpus", "audio_reasoner", "folds") if args.lab else ("quick",)
+    if given := [f"--{name}" for name in strangers if getattr(args, name)]:
+        raise ConfigError(f"{', '.join(given)}: not {'with' if args.lab else 'without'} --lab; leave it out")
     if args.table and not args.corpus:
         raise ConfigError("--table needs --corpus=iemocap or --corpus=cremad")
     if min(n for n in (args.jobs, args.seeds, args.folds) if n is not None) < 1:

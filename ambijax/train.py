@@ -134,12 +134,15 @@ def loop(run: Run, state: TrainState, programs: compilation.Programs) -> TrainSt
             watchdog.rest()
             scores = assess(run, state, step)
             watchdog.feed()
+            logs = bool(scores) or step % config.log_every == 0 or step + 1 == config.steps
+            if logs:
+                jax.block_until_ready(state)  # the update before would be timed with this one
             began = time.perf_counter()
             state, ids, measured, samples = advance(run, state, step)
             done = step + 1
             health.note(step, ids, measured)
             log.samples(step, ids, samples)
-            if scores or step % config.log_every == 0 or done == config.steps:
+            if logs:
                 values = {name: float(value) for name, value in (scores | measured).items()}
                 seconds = time.perf_counter() - began
                 log.metrics(step, values | {"seconds": seconds, "clips_per_second": config.data.batch_size / seconds})

@@ -22,7 +22,7 @@ def check_writable(directory: Path) -> None:
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(b"ambijax")
     except OSError as error:
-        raise ConfigError(f"cannot write to {directory}: {error.strerror}; choose another --workdir") from None
+        raise ConfigError(f"cannot write to {directory}: {error.strerror}; choose another directory") from None
 
 
 def replace(path: Path, text: str) -> None:
@@ -86,7 +86,7 @@ def lock(directory: Path, *, wait: bool = False) -> Iterator[None]:
             file.seek(0)
             holder = file.read() or "another process"
             if not wait:
-                raise ConfigError(f"{directory} is in use by {holder}; stop it or choose another --workdir") from None
+                raise ConfigError(f"{directory} is in use by {holder}; stop it or choose another directory") from None
             logging.warning("%s is in use by %s; waiting for it", directory, holder)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:  # a network disk without locks must still be able to train

@@ -32,9 +32,7 @@ def reference() -> str:
     for chapter, modules in CHAPTERS.items():
         page += [f"## {chapter}", ""]
         for name in modules:
-            path = PACKAGE / f"{name}.py"
-            if path.is_file():
-                page += _module(path, "ambijax." + name.replace("/", "."))
+            page += _module(PACKAGE / f"{name}.py", "ambijax." + name.replace("/", "."))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(page)).rstrip() + "\n"
 
 

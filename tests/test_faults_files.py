@@ -271,6 +271,15 @@ def test_other_settings_are_named_with_both_values_before_anything_is_read(begun
     assert not (root / "run" / "config.json").exists()  # what is there is not overwritten by what does not fit
 
 
+@needs_tiny
+def test_how_the_work_is_cut_may_change_between_the_parts_of_a_run(begun):
+    root, arguments = begun
+    cut = ("optim.micro_batch=2", "loss.chunk=8", "model.remat=nothing_saveable", "model.attention=xla")
+    config, _ = settings.parse(["train", *arguments, *(f"--config.{key}" for key in cut)])
+    with Checkpoints(root / "run" / "checkpoints", 2) as checkpoints:
+        assert checkpoints.check(assemble.identity(config))
+
+
 def flip(path, at: float = 0.9) -> None:
     data = bytearray(path.read_bytes())
     data[int(at * len(data))] ^= 1

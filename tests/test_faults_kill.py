@@ -44,7 +44,6 @@ STEPS = 8
 SHORT = [
     f"--config.steps={STEPS}",
     "--config.data.batch_size=4",
-    "--config.data.max_tokens=24",
     "--config.eval.max_clips=2",
     "--config.eval.base=False",
     "--config.checkpoint.every=2",

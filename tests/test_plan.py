@@ -13,6 +13,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ambijax import ahead, chips, cost, plan, planned, programs, settings
 from ambijax.errors import ConfigError
 from ambijax.model import config as model_config
+from ambijax.model import kernels
+from tests import trained
 
 GIB = 2**30
 
@@ -78,6 +80,27 @@ def test_bytes_of_the_published_model_by_hand_on_meshes_of_fewer_chips(mesh):
     # Half a MiB a token: twelve prompts of 224 tokens, and eight completions of 256 to each.
     roll_out = next(p for p in programs.programs(setting, 512, 96) if p.name == "roll-out")
     assert programs.cache(setting, roll_out) == 12 * (224 + 8 * 256) * 2**19 // (data * fsdp * tensor)
+
+
+def test_what_is_trained_lies_in_memory_in_float32_in_every_program():
+    keys = ("optim.train=('params/.*',)", "grpo.beta_kl=0.0", "grpo.updates=2")
+    setting = programs.setting(_config("grpoz", *keys), model_config.from_dict(plan.PUBLISHED), jax.devices()[:1])
+    found = {p.name: p for p in programs.programs(setting, 512, 96)}
+    assert found.keys() == {"encode", "roll-out", "old policy", "update", "evaluation"}
+    for name in ("encode", "roll-out", "old policy", "evaluation"):
+        assert programs.bytes_a_device(found[name].arguments[0]["params"]) == 4 * 8_397_094_912, name
+    assert found["old policy"].completions == 9  # of what was sampled, and gold
+
+
+@pytest.mark.parametrize(
+    ("keys", "trips"),
+    [((), 38), (("model.decoding=triton",), 112), (("model.dtype=float32",), 112), (("model.cache=int8",), 38)],
+)
+def test_a_roll_out_has_one_loop_where_attention_reads_what_is_written(keys, trips, monkeypatch):
+    monkeypatch.setattr(kernels, "PLATFORMS", {})  # no GPU is needed to count
+    shape = model_config.load(trained.TINY)
+    setting = programs.setting(_config("grpoz.py:tiny", "model.dtype=bfloat16", *keys), shape, jax.devices()[:1])
+    assert {p.trips for p in programs.programs(setting, 256, 64) if p.name in ("roll-out", "evaluation")} == {trips}
 
 
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (1, 1, 8), (1, 2, 4), (2, 2, 2), (8, 1, 1)])

@@ -11,6 +11,7 @@ import scipy.stats
 
 from ambijax import policy, sampling
 from ambijax.model.decoder import Block
+from ambijax.model.transposed import transposed_layers
 from tests import small
 
 N = 10  # completion length
@@ -130,6 +131,11 @@ def test_a_roll_out_in_bfloat16(variables):
     halves = {"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"]), "lora": variables["lora"]}
     rolled = _rollout(model, halves, small.prompts(2), samples=2, temperature=0.0)
     assert np.isfinite(rolled.readout).all()
+    # Weights that are trained lie there in float32, and are rounded before the first token.
+    again = _rollout(model, variables, small.prompts(2), samples=2, temperature=0.0)
+    np.testing.assert_array_equal(again.readout, rolled.readout)
+    layers = transposed_layers(variables, model.config.text, model.lora, model.dtype)
+    assert {layer.qkv.weight.dtype for layer in layers} == {jnp.dtype("bfloat16")}
 
 
 def test_greedy_takes_the_most_likely_token(model, variables):

@@ -204,6 +204,13 @@ def test_gold_without_reasoning(vocabulary):
     assert index == len(vocabulary.anchor) - 1
 
 
+def test_an_answer_that_does_not_fit_is_named(vocabulary):
+    longest = max(len(prompt.encode_gold(vocabulary, "", label)[0]) for label in vocabulary.labels)
+    prompt.assert_answers_fit(vocabulary, longest)
+    with pytest.raises(ConfigError, match=rf"data\.max_tokens={longest - 1} is less than the {longest} tokens of the"):
+        prompt.assert_answers_fit(vocabulary, longest - 1)
+
+
 def test_anchor_is_the_same_ids_wherever_it_stands(vocabulary):
     """What a model writes freely is found by `anchor` after a token that ends a line, even a merged '.\\n'."""
     for before in ("\n", "so.\n", "so.\n\n", "so!!\r\n", "so \n"):

@@ -238,13 +238,18 @@ def write(root: str | Path, spec: Spec) -> manifest.Corpus:
     return manifest.read(root)
 
 
+def is_free(root: Path) -> bool:
+    """Whether nothing is there, or an empty directory."""
+    return not root.exists() or (root.is_dir() and not any(root.iterdir()))
+
+
 def _complete(root: Path, record: str) -> bool:
     """Whether the corpus of this record is there; False when nothing is, ConfigError when something else is."""
     if (root / "spec.json").is_file():
         if (root / "spec.json").read_text() == record:
             return True
         raise ConfigError(f"{root} holds another synthetic corpus (compare its spec.json); name another directory")
-    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+    if not is_free(root):
         raise ConfigError(f"{root} exists and is no synthetic corpus; name another directory")
     return False
 

@@ -14,11 +14,16 @@ PRODUCT = "product"  # names what `layers.keep` keeps
 _WIDTH = 16  # numbers in the longest vectors that CPUs have
 
 
+def platform() -> str:
+    """Of the devices that a program is made for: those of the mesh that is set, else this machine's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()
+
+
 def serves(dtype: jnp.dtype, width: int = _WIDTH) -> bool:
     """Whether they compute this: in float32, on one CPU device, heads of whole vectors."""
     mesh = jax.sharding.get_abstract_mesh()
-    platform = mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()
-    return platform == "cpu" and dtype == jnp.float32 and width % _WIDTH == 0 and (mesh.empty or mesh.size == 1)
+    return platform() == "cpu" and dtype == jnp.float32 and width % _WIDTH == 0 and (mesh.empty or mesh.size == 1)
 
 
 @jax.custom_vjp

@@ -292,7 +292,7 @@ class Decoder(nn.Module):
             attended, (own.k[i], own.v[i]) = kernel(qkv[..., 0], angles, read, caches, slot)
             return attended.reshape(-1, *qkv.shape[3:])
 
-        kernel = decoding_kernel(self.decoding, own, x.dtype)
+        kernel = decoding_kernel(self.decoding, isinstance(own.k[0], tuple), x.dtype, self.config.head_dim)
         attend = functools.partial(by_kernel, kernel) if kernel else functools.partial(self._attend, turn, segments)
         hidden, made = self._layer_by_layer(x, layers, attend)
         if own.made is not None:
@@ -343,14 +343,19 @@ class Decoder(nn.Module):
         return self.embed_tokens.embedding if self.config.tie_word_embeddings else self.lm_head
 
 
-def decoding_kernel(decoding: str, own: Past, dtype: jnp.dtype) -> Callable | None:
-    """By which attention to a cache is computed in `decode`; None: by XLA, which reads every slot of it."""
+def decoding_kernel(decoding: str, rounded: bool, dtype: jnp.dtype, width: int) -> Callable | None:
+    """By which attention to a cache is computed in `decode`; None: by XLA, which reads every slot of it.
+
+    Args:
+      decoding: see `Decoder`.
+      rounded: the cache is int8.
+      dtype, width: of heads.
+    """
     if decoding == "triton":
         from ambijax.model import decode_kernel  # needs what a later JAX may not have, and few use it
 
         return decode_kernel.attend
-    rounded = isinstance(own.k[0], tuple)
-    return cpu_kernels.decode if not rounded and cpu_kernels.serves(dtype, own.k[0].shape[-1]) else None
+    return cpu_kernels.decode if not rounded and cpu_kernels.serves(dtype, width) else None
 
 
 def _heads_first(z: jax.Array) -> jax.Array:

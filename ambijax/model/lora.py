@@ -20,7 +20,7 @@ def merges(dtype: jnp.dtype) -> bool:
     In float32 on a CPU. bfloat16 has 8 bits, in which a young adapter is too small to change a weight; and a GPU or TPU
     rounds the operands of a float32 product to about as few.
     """
-    return dtype == jnp.float32 and jax.default_backend() == "cpu"
+    return dtype == jnp.float32 and cpu_kernels.platform() == "cpu"
 
 
 @jax.custom_vjp

@@ -86,13 +86,16 @@ def transposed_layers(
 ) -> tuple[TransposedLayer, ...]:
     """Each decoder layer of `variables` ({'params', 'lora'} or {'params'}), in the order in which they run.
 
-    Adapters are float32 where they are trained; here they are in the activations' dtype, cast once, or part of their
-    matrix where nothing is lost by that (`lora.merges`). `joined` makes `Joined` of matrices that can be.
+    What is trained is float32; here it is in the activations' dtype, cast once, and adapters are part of their matrix
+    where nothing is lost by that (`lora.merges`). `joined` makes `Joined` of matrices that can be.
     """
     stacked = {name: tree["language_model"]["layers"] for name, tree in variables.items() if "language_model" in tree}
-    if "lora" in stacked:
-        ready = {"a": lambda a: a.astype(dtype), "b": lambda b: (lora.scale * b).astype(dtype)}
-        stacked["lora"] = jax.tree.map_with_path(lambda path, x: ready[path[-1].key](x), stacked["lora"])
+    ready = {
+        "kernel": lambda w: w if w.dtype == jnp.int8 else w.astype(dtype),
+        "a": lambda a: a.astype(dtype),
+        "b": lambda b: (lora.scale * b).astype(dtype),
+    }
+    stacked = jax.tree.map_with_path(lambda path, x: ready.get(path[-1].key, lambda x: x)(x), stacked)
     count = len(jax.tree.leaves(stacked)[0])
     layers = tuple(_layer(jax.tree.map(lambda x, i=i: x[i], stacked), config) for i in range(count))
     together = _merged if merges(dtype) else _joined if joined else lambda matrix: matrix
@@ -109,13 +112,13 @@ def _takes_adapters(matrix: jax.Array | Transposed) -> bool:
 
 
 def _merged(matrix: Transposed) -> Transposed:
-    weight = matrix.weight.astype(matrix.a.dtype) + jnp.tensordot(matrix.b, matrix.a, 1)
+    weight = matrix.weight + jnp.tensordot(matrix.b, matrix.a, 1)
     return matrix._replace(weight=weight, a=None, b=None)
 
 
 def _joined(matrix: Transposed) -> Joined:
     rows = matrix.weight.reshape(-1, matrix.weight.shape[-1])
-    return Joined(jnp.concatenate([rows.astype(matrix.a.dtype), matrix.a]), matrix.bias, jnp.moveaxis(matrix.b, -1, 0))
+    return Joined(jnp.concatenate([rows, matrix.a]), matrix.bias, jnp.moveaxis(matrix.b, -1, 0))
 
 
 def _layer(variables: dict, c: TextConfig) -> TransposedLayer:
