@@ -14,7 +14,7 @@ from ambijax import losses, metrics, policy, prompt, reasoning, sharding
 from ambijax.activations import Known
 from ambijax.model.qwen2_audio import Qwen2Audio
 from ambijax.packing import packing
-from ambijax.structs import Completions, Prompt, Rollout
+from ambijax.structs import Completions, Prompt, Rollout, Scores
 
 TITLES = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO", "grpoz": "GRPOz"}
 
@@ -63,12 +63,12 @@ class Setting:
     def score(
         self,
         variables: dict,
-        asked: object,
+        asked: Prompt,
         completions: Completions,
         rngs: dict,
         temperature: float = 1.0,
         known: Known | None = None,
-    ) -> object:
+    ) -> Scores:
         """`policy.score` with this run's settings."""
         return policy.score(
             self.model,
@@ -84,7 +84,7 @@ class Setting:
         )
 
     def rollout(
-        self, variables: dict, asked: object, key: jax.Array, samples: int, temperature: float, keeps: bool = False
+        self, variables: dict, asked: Prompt, key: jax.Array, samples: int, temperature: float, keeps: bool = False
     ) -> Rollout:
         """`policy.rollout` with this run's settings; class words of several tokens are scored after it."""
         rolled = policy.rollout(
@@ -101,7 +101,7 @@ class Setting:
         )
         return self._whole_words(variables, asked, rolled)
 
-    def stream(self, variables: dict, asked: object, chunk: int) -> Iterator[Rollout]:
+    def stream(self, variables: dict, asked: Prompt, chunk: int) -> Iterator[Rollout]:
         """`policy.stream` with this run's settings."""
         rolls = policy.stream(
             self.model,
@@ -114,7 +114,7 @@ class Setting:
         )
         return (self._whole_words(variables, asked, rolled) for rolled in rolls)
 
-    def _whole_words(self, variables: dict, asked: object, rolled: Rollout) -> Rollout:
+    def _whole_words(self, variables: dict, asked: Prompt, rolled: Rollout) -> Rollout:
         if not self.vocabulary.split:
             return rolled
         anchored = policy.anchored(rolled, self.tokens)

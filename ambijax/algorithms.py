@@ -82,7 +82,10 @@ def _negatives(
 
 
 def dpo_loss(setting: Setting, variables: dict, collected: Preferences, rngs: dict) -> tuple[jax.Array, dict]:
-    """Equation 4: L_DPO + lambda_kl KL + lambda_ce CE, both on the curated trajectory. [B] and metrics."""
+    """Equation 4: L_DPO + lambda_kl KL + lambda_ce CE, both on the curated trajectory. [B] and metrics.
+
+    A completion that is no pair has a `dpo/margin` of 0: over `dpo/pairs` it is the mean over pairs.
+    """
     c = setting.config
     scores = setting.score(variables, collected.prompt, collected.completions, rngs)
     total, reference = scores.logp.sum(-1), collected.logp_ref.sum(-1)  # [B, 1 + R], padding is zero

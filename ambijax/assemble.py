@@ -325,18 +325,11 @@ def _replaced(setting: Setting, variables: dict, loaded: dict, run: Path) -> dic
 
 def _placed(tree: dict, like: dict, where: dict, run: str | Path) -> dict:
     """Host arrays `tree`, a part of `like`, into their shards; None where `tree` has nothing."""
-    flat = {path: (shape, sharding) for path, shape, sharding in _leaves(like, where)}
-    for path, array in flax.traverse_util.flatten_dict(tree, sep="/").items():
-        if path not in flat or flat[path][0].shape != array.shape:
-            wanted = flat[path][0].shape if path in flat else "absent"
+    given, shapes, shards = (flax.traverse_util.flatten_dict(z, sep="/") for z in (tree, like, where))
+    placed = dict.fromkeys(shapes)
+    for path, array in given.items():
+        wanted = shapes[path].shape if path in shapes else "absent"
+        if wanted != array.shape:
             raise ConfigError(f"{run}: trained {path} is {array.shape} there and {wanted} in the model; check lora.*")
-        flat[path] = jax.device_put(array, flat[path][1])
-    return flax.traverse_util.unflatten_dict(
-        {path: value if isinstance(value, jax.Array) else None for path, value in flat.items()}, sep="/"
-    )
-
-
-def _leaves(like: dict, where: dict) -> list[tuple]:
-    shapes = flax.traverse_util.flatten_dict(like, sep="/")
-    shardings = flax.traverse_util.flatten_dict(where, sep="/")
-    return [(path, shape, shardings[path]) for path, shape in shapes.items()]
+        placed[path] = jax.device_put(array, shards[path])
+    return flax.traverse_util.unflatten_dict(placed, sep="/")

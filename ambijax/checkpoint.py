@@ -231,14 +231,7 @@ def load_trained(directory: Path, *, best: bool) -> tuple[int, dict, dict]:
     if found is None:
         raise ConfigError(f"no checkpoint in {directory}; train first, or name the directory of a run that did")
     path, record, arrays, _ = found
-    params = {}
-    for name in arrays:
-        entry, *parents = name.split("/")
-        if entry == TRAINED:
-            node = params
-            for parent in parents[:-1]:
-                node = node.setdefault(parent, {})
-            node[parents[-1]] = arrays[name]
+    params = flax.traverse_util.unflatten_dict(arrays, sep="/").get(TRAINED)
     if not params:
         raise ConfigError(f"{path} holds no '{TRAINED}' entry; it was not written by ambijax.train")
     return record["step"], params, record["meta"]

@@ -214,19 +214,20 @@ def _passes(value: str, body: list[_Instruction]) -> bool:
 
 def _instruction(name: str, text: str) -> _Instruction:
     """'f32[2]{0} add(%a, %b), attributes' taken apart; shapes of tuples have brackets in brackets."""
-    end = _closing(text, 0) + 1 if text[0] == "(" else text.index(" ")
+    end = _closing(text) + 1 if text[0] == "(" else text.index(" ")
     opcode, _, rest = text[end:].strip().partition("(")
-    close = _closing("(" + rest, 0) - 1
+    close = _closing("(" + rest) - 1
     inside = rest[:close]
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
     literal = opcode in ("constant", "parameter")
     return _Instruction(name, text[:end], opcode, operands, inside if literal else rest[close + 1 :])
 
 
-def _closing(text: str, start: int) -> int:
+def _closing(text: str) -> int:
+    """Where the bracket closes that a text begins with."""
     depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == "(") - (text[i] == ")")
+    for i, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
         if depth == 0:
             return i
     raise ValueError(f"unbalanced brackets: {text[:80]}")

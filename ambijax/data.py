@@ -251,8 +251,10 @@ def build(
         targets = manifest.soft_labels(utterances, vocabulary.labels)
         examples[name] = []
         for i, (u, p) in enumerate(zip(utterances, targets, strict=True)):
-            drawn = np.random.default_rng((seed, first + i)).choice(len(p), p=p / p.sum())
-            label = vocabulary.labels[int(p.argmax()) if gold_label == "argmax" else drawn]
+            k = p.argmax()
+            if gold_label == "sample":
+                k = np.random.default_rng((seed, first + i)).choice(len(p), p=p / p.sum())
+            label = vocabulary.labels[int(k)]
             examples[name].append(_example(u, sounds[u.id].tokens, p, label, vocabulary, style, max_tokens))
     if style != "answer":
         _say_unfit([(u, e) for n in names for u, e in zip(splits[n], examples[n], strict=True)], max_tokens)

@@ -34,6 +34,7 @@ from ambijax.agent import Setting
 from ambijax.errors import ConfigError
 from ambijax.model import config as model_config
 from ambijax.model.config import LoraConfig
+from ambijax.structs import Prompt
 
 ABOUT = "ambijax.json"  # in an exported directory: how the model is asked
 FORMAT = 1  # of it
@@ -126,8 +127,8 @@ class Model:
             part = slice(start, start + size)
             with jax.set_mesh(self.setting.mesh):
                 asked = self._asked(heard[part], transcripts[part])
-                rolled = self.setting.rollout(self.variables, asked, key, samples, temperature)
-            texts, readout = agent.read(self.setting, sharding.fetch(rolled))
+                rolled = sharding.fetch(self.setting.rollout(self.variables, asked, key, samples, temperature))
+            texts, readout = agent.read(self.setting, rolled)
             predictions += [self._prediction(*row) for row in zip(texts, readout, rolled.forced, strict=True)][
                 : len(heard[part])
             ]
@@ -155,22 +156,24 @@ class Model:
                 rolled = next(rolls, None)
             if rolled is None:
                 return
-            texts, readout = agent.read(setting, sharding.fetch(rolled))
+            rolled = sharding.fetch(rolled)
+            texts, readout = agent.read(setting, rolled)
             yield self._prediction(texts[0], readout[0], rolled.forced[0])
 
-    def _asked(self, heard: Sequence[np.ndarray], transcripts: Sequence[str]) -> object:
+    def _asked(self, heard: Sequence[np.ndarray], transcripts: Sequence[str]) -> Prompt:
         """The prompts of some clips on the mesh, filled up to a power of two: few shapes are ever compiled."""
         c, v = self.setting.config, self.setting.vocabulary
         windows = (*c.data.windows, audio.N_FRAMES)  # a clip may be longer than any of the corpus
         clips = [features.Clip(audio.mel_frames(len(clip)), lambda clip=clip: clip) for clip in heard]
-        how = {"most": 1 << (len(heard) - 1).bit_length()}
-        encoded = dict(features.encode(self.setting.model, self.variables, self.setting.mesh, clips, windows, **how))
+        most = 1 << (len(heard) - 1).bit_length()
+        tower = (self.setting.model, self.variables, self.setting.mesh)
+        encoded = dict(features.encode(*tower, clips, windows, most=most))
         sounds = [encoded[i] for i in range(len(clips))]
         tokens = [
             np.array(prompt.encode_prompt(v, text or "", sound.tokens, style=self.setting.style), np.int32)
             for text, sound in zip(transcripts, sounds, strict=True)
         ]
-        size = sharding.round_up(1 << (len(heard) - 1).bit_length(), self.setting.mesh)
+        size = sharding.round_up(most, self.setting.mesh)
         rows = [*range(len(heard))] + [0] * (size - len(heard))
         numbers = [zlib.crc32(clip.tobytes()) & 0x7FFFFFFF for clip in heard]  # what is drawn depends on the sound
         text = data.round_up(max(len(t) - s.tokens for t, s in zip(tokens, sounds, strict=True)))

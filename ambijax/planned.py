@@ -6,8 +6,8 @@ compiled has only `needs`.
 """
 
 from ambijax import chips
+from ambijax.chips import GIB
 
-GIB = 2**30
 KEYS = {  # program -> what makes it smaller: first what changes no result, last what makes another experiment
     "encode": ("use more chips (mesh.fsdp, mesh.tensor)",),
     "roll-out": ("raise optim.accumulate", "set model.cache=int8", "lower grpo.samples or dpo.samples"),

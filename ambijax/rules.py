@@ -53,7 +53,7 @@ def _is_pattern(value: object) -> bool:
 
 
 _POSITIVE = 1e-12
-_TRACKERS = ("tensorboard", "wandb", "trackio")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 _FLAG = Rule(lambda v: isinstance(v, bool), "True or False")
 _PATH = Rule(_is_name, "a path")
 _CLIPS = Rule(lambda v: type(v) is int and (v == -1 or 1 <= v <= 10**8), "a number of clips, or -1 for all")
@@ -64,7 +64,7 @@ RULES = {
     "seed": _whole(0, 2**31 - 1),
     "steps": _whole(0),  # 0 evaluates the start
     "log_every": _whole(1),
-    "tracker": Rule(lambda v: v in ("", *_TRACKERS), f"one of {', '.join(_TRACKERS)}, or empty"),
+    "tracker": Rule(lambda v: v in ("", *TRACKERS), f"one of {', '.join(TRACKERS)}, or empty"),
     "tracker_audio": _FLAG,
     "watchdog_seconds": _real(0),
     "init_from": Rule(lambda v: v == "" or _is_name(v), "a run directory, or empty"),

@@ -147,11 +147,11 @@ def split(axis: str) -> int:
     return 1 if mesh.empty else mesh.shape[RULES[axis]]
 
 
-def constrain_batch(x: jax.Array, axis: int = 0) -> jax.Array:
-    """Keeps an array split over its batch axis, so that XLA moves weights and not activations."""
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Keeps an array split over its first axis, the batch, so that XLA moves weights and not activations."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition(*[None] * axis, "batch"))
+    return jax.lax.with_sharding_constraint(x, partition("batch"))
 
 
 def micro_batch(x: jax.Array, i: jax.Array, each: int) -> jax.Array:

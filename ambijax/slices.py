@@ -10,8 +10,6 @@ import numpy as np
 
 from ambijax import metrics, significance
 
-_MEASURES = ("js", "bc", "r2", "brier", "accuracy")
-
 
 def slices(records: list[dict], *, seed: int, samples: int, level: float) -> dict[str, dict[str, dict]]:
     """Kind of slice -> name of the part -> its number of clips `n`, means, and `js_interval` over its utterances."""
@@ -32,7 +30,7 @@ def slices(records: list[dict], *, seed: int, samples: int, level: float) -> dic
         found[kind] = {}
         for name in ordered:
             rows = names == name
-            means = {measure: float(values[measure][rows].mean()) for measure in _MEASURES}
+            means = {measure: float(each[rows].mean()) for measure, each in values.items()}
             spread = significance.interval(values["js"][rows], seed=seed, samples=samples, level=level)
             found[kind][str(name)] = {"n": int(rows.sum()), **means, "js_interval": list(spread)}
     return found

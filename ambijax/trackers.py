@@ -26,11 +26,10 @@ import numpy as np
 from absl import logging
 from ml_collections import FrozenConfigDict
 
-from ambijax import audio, errors, manifest, settings
+from ambijax import audio, errors, manifest, rules, settings
 from ambijax.errors import AmbijaxError, ConfigError
 from ambijax.workdir import replace
 
-NAMES = ("tensorboard", "wandb", "trackio")
 STATE = "tracker.json"
 ROWS = 32  # predictions in the table, the first ones: enough to read, and little to send
 EVERY = 2.0  # seconds between looks at metrics.jsonl
@@ -235,7 +234,7 @@ class _TensorBoard:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ambijax.trackers", description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="run directory written by ambijax.train")
-    parser.add_argument("--tracker", choices=NAMES, required=True)
+    parser.add_argument("--tracker", choices=rules.TRACKERS, required=True)
     parser.add_argument("--audio", action="store_true", help="send sounds, transcripts and reasonings, too")
     args = parser.parse_args()
     _assert_installed(args.tracker)

@@ -5,5 +5,5 @@ checks     what an answer must pass: format, leaks, refusals, the validator's ve
 ledger     the append-only files that survive kill -9
 limits     how fast requests may leave
 client     one request: budget, retries, redaction, and what comes back
-teachers   the three teachers, the two validators, and the dialogue between them
+teachers   the three teachers, the validators, and the dialogue between them
 """

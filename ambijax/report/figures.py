@@ -289,9 +289,10 @@ def _groups(report: Report, of: Callable[[dict], dict[str, list[str]]], name: st
     return Drawn(name, caption, figure, ("system", "kind", "group", "js", "low", "high", "clips"), rows)
 
 
-def examples(report: Report) -> Drawn:
-    """Votes and read-outs of a few clips, chosen by a rule and not by eye."""
-    ids = [i for i in report.clips if all(any(r["id"] == i for r in s.records) for s in report.systems)]
+def examples(report: Report) -> Drawn | None:
+    """Votes and read-outs of a few clips, chosen by a rule and not by eye; None where no clip has all read-outs."""
+    found = {system.name: {record["id"]: record for record in system.records} for system in report.systems}
+    ids = [i for i in report.clips if all(i in records for records in found.values())]
     ids.sort(key=lambda i: (float(metrics.entropy(np.array(report.clips[i]["target"]))), i))
     chosen = [ids[n] for n in np.unique(np.linspace(0, len(ids) - 1, EXAMPLES).astype(int))] if ids else []
     if not chosen:
@@ -304,8 +305,7 @@ def examples(report: Report) -> Drawn:
     rows, height = [], 0.72 / len(shown)
     for axes, name in zip(grid.flat, chosen, strict=False):
         for place, system in enumerate(shown):
-            record = next(r for r in (system.records if system else [report.clips[name]]) if r["id"] == name)
-            values = record["readout" if system else "target"]
+            values = found[system.name][name]["readout"] if system else report.clips[name]["target"]
             title = style.short(system.name) if system else "annotators"
             color = colors(report)[system.name] if system else style.HUMAN
             y = np.arange(k) + (place - (len(shown) - 1) / 2) * height

@@ -142,11 +142,11 @@ def _run(directory: Path, split: str) -> Run:
     if not after.stat().st_size:
         raise DataError(f"{after} holds no prediction; evaluate the run again")
     summary = after.with_name("summary.json")
-    labels = _labels(summary, config)
+    told = read_object(summary)
+    labels = _labels(summary, told, config)
     k = len(labels)
     # Of its own corpus the settings know more than the evaluation, which may have been made on another machine.
     own = split.split("-")[0] in manifest.SPLITS
-    told = read_object(summary)
     root = config.data.root if own else str(told.get("corpus", told.get("root", config.data.root)))
     environment = read_object(directory / "env.json")
     return Run(
@@ -160,7 +160,7 @@ def _run(directory: Path, split: str) -> Run:
         rollouts=_spread(directory / "samples.jsonl", len(config.data.labels)),
         after=[_prediction(line, where, k) for where, line in _lines(after)],
         before=[_prediction(line, where, k) for where, line in _lines(before)] if before.is_file() else [],
-        bounds=_bounds(summary),
+        bounds=_bounds(summary, told),
     )
 
 
@@ -173,17 +173,17 @@ def _numbers(line: dict) -> dict[str, float]:
     return {name: value for name, value in line.items() if finite(value)}
 
 
-def _labels(summary: Path, config: FrozenConfigDict) -> tuple[str, ...]:
+def _labels(summary: Path, told: dict, config: FrozenConfigDict) -> tuple[str, ...]:
     """The classes an evaluation was read out over."""
-    labels = read_object(summary).get("labels", list(config.data.labels))
+    labels = told.get("labels", list(config.data.labels))
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels) or len(labels) < 2:
         raise DataError(f"{summary}: labels must be two class words or more, got {labels!r:.60}")
     return tuple(labels)
 
 
-def _bounds(summary: Path) -> dict[str, dict[str, float]]:
+def _bounds(summary: Path, told: dict) -> dict[str, dict[str, float]]:
     """The rows of an evaluation that need no model; {} where it has none."""
-    rows = read_object(summary).get("bounds", {})
+    rows = told.get("bounds", {})
     if not isinstance(rows, dict) or not all(
         isinstance(row, dict) and all(finite(value) for value in row.values()) for row in rows.values()
     ):
