@@ -237,6 +237,11 @@ def load_trained(directory: Path, *, best: bool) -> tuple[int, dict, dict]:
     return record["step"], params, record["meta"]
 
 
+def exists(directory: Path) -> bool:
+    """Whether a checkpoint was ever completed in `directory`, intact or not."""
+    return bool(_steps(directory))
+
+
 def _path(directory: Path, step: int) -> Path:
     return directory / f"step_{step:08d}"
 

@@ -100,10 +100,12 @@ def check(config: ConfigDict) -> None:
 
     need(c.teacher in ("audio", "acoustics", "template"), f"teacher={c.teacher!r} must be audio, acoustics or template")
     need(c.validator in ("judge", "reader", "none"), f"validator={c.validator!r} must be judge, reader or none")
-    need(len(set(c.labels)) == len(c.labels) >= 2, f"labels={c.labels} must be distinct, two or more")
-    unknown = ", ".join(set(c.labels) - set(teacher.PROFILE)) if c.teacher == "template" else ""
+    words = all(isinstance(label, str) and label and label == label.strip() for label in c.labels)
+    need(words and len(set(c.labels)) == len(c.labels) >= 2, f"labels={c.labels} must be two distinct words or more")
+    unknown = ", ".join(set(c.labels) - set(teacher.PROFILE)) if c.teacher == "template" and words else ""
     need(not unknown, f"teacher='template' knows {', '.join(teacher.PROFILE)}, not {unknown}; use a chat model")
     need(0 < c.max_js <= 1, f"max_js={c.max_js} must be in (0, 1] bits")
+    need(c.max_words >= 1 and c.max_chars >= 1, "max_words and max_chars must be at least 1")
     need(c.attempts >= 1, f"attempts={c.attempts} must be at least 1")
     need(c.concurrency >= 1, f"concurrency={c.concurrency} must be at least 1")
     need(0 <= c.max_usd < math.inf, f"max_usd={c.max_usd} must be a number of dollars, 0 or more")
@@ -115,6 +117,8 @@ def check(config: ConfigDict) -> None:
         need(e.rpm >= 1 and e.tpm >= 1, f"{role}.rpm and {role}.tpm must be at least 1")
         need(e.bytes_per_token > 0, f"{role}.bytes_per_token must be positive")
         need(e.audio_tokens_per_s >= 0, f"{role}.audio_tokens_per_s must be 0 or more")
+        for kind, usd in e.usd_per_1m.items():
+            need(0 <= usd < math.inf, f"{role}.usd_per_1m.{kind}={usd} must be a number of dollars, 0 or more")
         need(e.max_completion_tokens >= 1, f"{role}.max_completion_tokens must be at least 1")
     if wrong:
         raise ConfigError("configuration: " + "; ".join(wrong))
@@ -283,7 +287,7 @@ def run(items: Sequence[teachers.Item], failures: Sequence[teachers.Result], cor
     """Curates the items into `options.out` and prints what became of them.
 
     Raises:
-      ConfigError: the key, quota or model is no good; what was finished is kept.
+      ConfigError: the key, quota or model is no good, or nothing was answered; what was finished is kept.
     """
     config, out = options.config, options.out
     with contextlib.ExitStack() as stack:
@@ -305,6 +309,8 @@ def run(items: Sequence[teachers.Item], failures: Sequence[teachers.Result], cor
         summarise(rows, corpus, config)
         print(f"requests    {client.sent} sent, {client.replayed} answered from the ledger")
         print(f"cost        ${book.spent:.4f} in all, of which up to ${book.lost:.4f} for answers that never arrived")
+    if items and not end and all(row["status"] == "failed" for row in rows):
+        raise ConfigError(f"all {len(rows)} items failed; start the same command again when that is mended")
 
 
 def summarise(rows: Sequence[dict], corpus: Corpus, config: ConfigDict) -> None:
@@ -329,7 +335,7 @@ def merge(corpus: Corpus, out: Path, config: ConfigDict) -> None:
     """Writes the accepted reasonings of `out` into the manifest; a malformed row is dropped and counted, not fatal.
 
     Raises:
-      ConfigError: there is no such file, or the manifest is a table.
+      ConfigError: there is no such file, nothing in it is of this manifest, or the manifest is a table.
     """
     if not out.is_file():
         raise ConfigError(f"no results at {out}; curate first")
@@ -361,9 +367,11 @@ def merge(corpus: Corpus, out: Path, config: ConfigDict) -> None:
             dropped[found[0].split(":")[0]] += 1
         else:
             cots[name] = cot
+    why = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common())
+    if not cots:
+        raise ConfigError(f"{out} has no reasoning for {corpus.root}{f' ({why})' if why else ''}; nothing was written")
     utterances = tuple(dataclasses.replace(u, cot=cots.get(u.id, u.cot)) for u in corpus.utterances)
     manifest.write(dataclasses.replace(corpus, utterances=utterances))
-    why = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common())
     print(f"merged      {len(cots)} reasonings into {corpus.root / 'manifest.jsonl'}")
     print(f"dropped     {dropped.total()}{f' ({why})' if why else ''}")
     print(f"for KL only {sum(not u.cot for u in utterances)}")

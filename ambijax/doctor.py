@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 from ambijax import emotions, errors, journal, manifest, preflight, prompt, settings
-from ambijax.errors import AmbijaxError
+from ambijax.errors import AmbijaxError, ConfigError
 
 KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY")  # whether they are set, never what they are
 CORPORA = ("data", "runs/corpora")  # where prepare and the tiny lab put corpora, below the current directory
@@ -61,9 +61,12 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__.strip())
         raise SystemExit
+    configured = any(argument.startswith("--config") for argument in sys.argv)
+    if sys.argv[1:] and not configured:
+        raise ConfigError(f"{sys.argv[1]} without --config checks nothing; {__doc__.splitlines()[2].strip()}")
     for name, text in (machine() | {"tokenizer": tokenizer()} | corpora()).items():
-        print(f"{name:<19}{text}")
-    if any(argument.startswith("--config") for argument in sys.argv):
+        print(f"{name:<18} {text}")
+    if configured:
         argv = sys.argv if any(a.startswith("--workdir") for a in sys.argv) else [*sys.argv, "--workdir=."]
         config, directory = settings.parse(argv)
         print(preflight.plan(preflight.check(config, directory, write=False), directory))

@@ -7,8 +7,10 @@ Exit codes: 0 done, 2 configuration, 3 data, 4 training became non-finite, 75 pr
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
+_format = warnings.formatwarning
 _SHOWN = 300  # characters of somebody else's message
 
 
@@ -49,6 +51,7 @@ def run(main: Callable[[], None]) -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
+    warnings.formatwarning = _plain
     try:
         main()
     except KeyboardInterrupt:
@@ -60,6 +63,11 @@ def run(main: Callable[[], None]) -> None:
             raise
         print("ambijax:", message, file=sys.stderr)
         sys.exit(code)
+
+
+def _plain(message: Warning, category: type[Warning], *where: object) -> str:
+    """A warning for the user without the line of source that gave it; one for programmers keeps it."""
+    return f"{message}\n" if category is UserWarning else _format(message, category, *where)
 
 
 def described(error: Exception) -> str:

@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import flax.traverse_util
@@ -174,6 +175,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.dtype and args.format == "peft":
         raise ConfigError("--dtype is of --format merged; adapters are written as they were trained, in float32")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", args.licence):
+        raise ConfigError(f"--licence={args.licence} must be one identifier, apache-2.0 or cc-by-4.0 say")
     if args.push:
         _token()  # that there is one, before anything is written
     export(

@@ -1,7 +1,9 @@
 """What a command line names -> clips with their transcripts: files, folders, globs, tables, and a list on stdin."""
 
+import codecs
 import csv
 import glob
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,7 +36,8 @@ def clips(names: Sequence[str], columns: tuple[str, str] | None = None) -> Itera
     for name in names:
         path = Path(name)
         if name == "-":
-            yield from clips([line.strip() for line in sys.stdin if line.strip()], columns)
+            listed = os.fsdecode(sys.stdin.buffer.read().removeprefix(codecs.BOM_UTF8))  # names are bytes, as on a disk
+            yield from clips([line.strip() for line in listed.splitlines() if line.strip()], columns)
         elif path.is_dir():
             seen = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
             yield from map(Clip, _found(name, seen))

@@ -180,15 +180,16 @@ def _from_row(row: dict, where: str) -> dict:
     return record
 
 
-def read(root: str | Path) -> Corpus:
+def read(root: str | Path, *, renames: bool = False) -> Corpus:
     """Reads and checks the manifest in a directory, `manifest.jsonl` or `manifest.csv`.
 
     Args:
       root: the directory, or the manifest in it.
+      renames: emotion words will be renamed, and may be spelled in two ways until then.
 
     Raises:
       ConfigError: there is no manifest, or two, or one of another name, or the audio root is gone.
-      DataError: a line is not an utterance, or two lines share an id; names the line.
+      DataError: a line is not an utterance, two lines share an id (names the line), or an emotion has two spellings.
     """
     path = _find(Path(root), directory(root))
     records = _csv(path) if path.suffix == ".csv" else _jsonl(path)
@@ -203,7 +204,20 @@ def read(root: str | Path) -> Corpus:
         raise DataError(f"{path}: not UTF-8: {error}") from None
     if not utterances:
         raise DataError(f"{path} holds no utterance")
+    if not renames:
+        assert_one_spelling(path, utterances.values())
     return Corpus(path.parent, tuple(utterances.values()), *_about(path.parent))
+
+
+def assert_one_spelling(path: Path, utterances: Iterable[Utterance]) -> None:
+    """Raises DataError: votes for one emotion stand under two words, and would be two classes."""
+    spelled: dict[str, str] = {}
+    for word in dict.fromkeys(word for u in utterances for word in u.votes):
+        if (other := spelled.setdefault(word.strip().casefold(), word)) != word:
+            raise DataError(
+                f"{path}: votes on {other!r} and on {word!r} would be two classes; spell them alike, with python -m "
+                f"ambijax.prepare --corpus=manifest --rename={word}:{other} say"
+            )
 
 
 _NAMES = ("manifest.jsonl", "manifest.csv")

@@ -1,5 +1,6 @@
 """What can be known before any weight is read: whether a run could start, all that is wrong at once, and its plan."""
 
+import importlib.util
 import math
 import shutil
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 import jax
 from ml_collections import FrozenConfigDict
 
-from ambijax import assemble, convert, data, kept, manifest, optim
+from ambijax import assemble, checkpoint, convert, data, kept, manifest, optim, peft
 from ambijax.agent import Setting
 from ambijax.corpora import synthetic
 from ambijax.errors import AmbijaxError, ConfigError, DataError
@@ -34,6 +35,8 @@ def check(config: FrozenConfigDict, directory: Path, *, write: bool) -> Setting:
         lambda: found.append(assemble.setting(config)),
         lambda: convert.check(config.model.checkpoint),
         lambda: _check_disk(found[0], directory) if found else None,
+        lambda: _check_start(config, directory),
+        lambda: assert_tracker_installed(config.tracker),
     )
     wrong = [error for step in steps if (error := _error(step))]
     if error := _error(lambda: check_corpus(config, write and not wrong)):
@@ -110,6 +113,21 @@ def _check_votes(corpus: manifest.Corpus, parts: dict, labels: tuple[str, ...]) 
 def is_to_be_written(config: FrozenConfigDict) -> bool:
     """Whether training would write the synthetic corpus first."""
     return config.data.corpus == "synthetic" and synthetic.is_free(Path(config.data.root))
+
+
+def _check_start(config: FrozenConfigDict, directory: Path) -> None:
+    """Raises ConfigError: `init_from` is read, for nothing is to be resumed, and holds nothing."""
+    start = Path(config.init_from)
+    if not config.init_from or checkpoint.exists(directory / "checkpoints"):
+        return
+    if not peft.is_directory(start) and not checkpoint.exists(start / "checkpoints"):
+        raise ConfigError(f"init_from={start}: no run with a checkpoint there, and no PEFT adapter")
+
+
+def assert_tracker_installed(name: str) -> None:
+    """Raises ConfigError: the package of a tracker, '' for none, is not here."""
+    if name and importlib.util.find_spec(name) is None:
+        raise ConfigError(f"tracker={name} needs its package: pip install 'ambijax[{name}]'")
 
 
 def _check_disk(setting: Setting, directory: Path) -> None:

@@ -25,7 +25,7 @@ from ambijax import audio, emotions, errors, lfs, manifest, metrics
 from ambijax.corpora import cremad, iemocap, own
 from ambijax.corpora.release import Release
 from ambijax.emotions import soft_label
-from ambijax.errors import ConfigError, DataError
+from ambijax.errors import AmbijaxError, ConfigError, DataError
 from ambijax.manifest import Corpus, Utterance
 
 _LINES = 20  # how much of a list is printed; bad_files.csv has every reason
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     release = _read(args)
     if not release.utterances:
         raise DataError(f"{args.root}: no utterance in {release.description}")
+    _assert_nothing_lost(args.out, release)
     corpus = Corpus(args.out, release.utterances, args.root, release.description, release.labels)
     paths = {u.id: corpus.path(u) for u in release.utterances}
     _assert_no_pointers(paths, args.root)
@@ -96,7 +97,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--corpus", required=True, choices=("cremad", "iemocap", "manifest"))
     add("--root", required=True, type=Path, help="the release, or the directory of an own manifest")
-    add("--out", required=True, type=Path, help="where manifest.jsonl and bad_files.csv go")
+    add("--out", required=True, help="where manifest.jsonl and bad_files.csv go")
     add("--on_bad", choices=("error", "skip"), default="error", help="whether a bad clip stops the command")
     add("--votes", choices=("tabulated", "raw"), help="cremad: which vote table; tabulated by default")
     add("--ten_second_rule", action="store_true", default=None, help="cremad, raw: drop slow responses")
@@ -108,6 +109,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for flag, corpus in _OPTIONS.items():
         if getattr(args, flag) is not None and args.corpus != corpus:
             raise ConfigError(f"--{flag} belongs to --corpus={corpus}, not to {args.corpus}")
+    if args.ten_second_rule and args.votes != "raw":
+        raise ConfigError("--ten_second_rule belongs to --votes=raw; the tabulated votes have it already")
+    if not str(args.out):
+        raise ConfigError("--out is empty; name a directory")
+    args.out = Path(args.out)
     if not args.root.is_dir():
         raise ConfigError(f"--root={args.root} is no directory")
     return args
@@ -118,13 +124,29 @@ def _read(args: argparse.Namespace) -> Release:
         return cremad.read(args.root, votes=args.votes or "tabulated", ten_second_rule=bool(args.ten_second_rule))
     if args.corpus == "iemocap":
         return iemocap.read(args.root, keep=args.keep or "consensus", fractional=bool(args.fractional))
-    pairs = [pair.split(":") for pair in args.rename.split(",")] if args.rename else []
-    if any(len(pair) != 2 or not all(map(str.strip, pair)) for pair in pairs):
+    pairs = [[*map(str.strip, pair.split(":"))] for pair in args.rename.split(",")] if args.rename else []
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
         raise ConfigError(f"--rename={args.rename} must look like happy:happiness,joy:happiness")
+    words = dict(pairs)
+    if len(words) < len(pairs):
+        raise ConfigError(f"--rename={args.rename} gives a word two names")
     if args.out.resolve() == args.root.resolve():
         raise ConfigError("--out must not be --root: the manifest that is read would be overwritten")
-    words = {theirs.strip(): ours.strip() for theirs, ours in pairs}
     return own.read(args.root, labels=emotions.classes(args.labels) if args.labels else (), words=words)
+
+
+def _assert_nothing_lost(out: Path, release: Release) -> None:
+    """Raises ConfigError: a manifest that is there has chains of thought, and the new one would not have them."""
+    try:
+        there = manifest.read(out) if (out / "manifest.jsonl").is_file() else None
+    except AmbijaxError:  # a broken one is worth writing anew
+        return
+    kept = {u.id: u.cot for u in release.utterances}
+    if there and (lost := [u.id for u in there.utterances if u.cot and kept.get(u.id) != u.cot]):
+        raise ConfigError(
+            f"{out / 'manifest.jsonl'} has {len(lost)} chains of thought that this would remove, for one that of "
+            f"{lost[0]}; move it away, or choose another --out"
+        )
 
 
 def _assert_no_pointers(paths: dict[str, Path], root: Path) -> None:

@@ -150,7 +150,12 @@ def load(workdir: str | Path) -> FrozenConfigDict:
     if not path.is_file():
         raise ConfigError(f"{workdir} is not a run directory: {path} does not exist")
     try:
-        config = FrozenConfigDict(rules.completed(json.loads(path.read_text())))
+        found = json.loads(path.read_text())
+        if isinstance(found, dict) and "model_type" in found:
+            raise ConfigError(
+                f"{workdir} is no run but a checkpoint; name it in model.checkpoint, or with --checkpoint"
+            )
+        config = FrozenConfigDict(rules.completed(found))
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged: {one_line(error)}") from None
     except OSError as error:
@@ -160,4 +165,16 @@ def load(workdir: str | Path) -> FrozenConfigDict:
     except ConfigError as error:
         advice = f"mend it there, or use the version of ambijax that {path.with_name('env.json')} names"
         raise ConfigError(f"{path}: {error}; {advice}") from None
-    return config
+    moved = ConfigDict(config.to_dict())
+    moved.data.root, moved.model.checkpoint = (
+        _found(Path(workdir), where) for where in (config.data.root, config.model.checkpoint)
+    )
+    return FrozenConfigDict(moved)
+
+
+def _found(workdir: Path, where: str) -> str:
+    """A path of a run: relative to where its training was started, which is likely a directory above the run's own."""
+    if Path(where).is_absolute() or Path(where).exists():
+        return where
+    there = (parent / where for parent in workdir.resolve().parents)
+    return str(next((path for path in there if path.exists()), where))

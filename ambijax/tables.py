@@ -10,6 +10,7 @@ Markdown, LaTeX and PNG, and which runs are missing.
 
 import argparse
 import dataclasses
+import math
 import runpy
 import shlex
 import shutil
@@ -20,7 +21,7 @@ from types import SimpleNamespace
 
 import jax
 
-from ambijax import assemble, errors, journal, lab, preflight, prompt, results, runs, settings, typeset
+from ambijax import assemble, errors, journal, lab, manifest, preflight, prompt, results, runs, settings, typeset
 from ambijax.errors import ConfigError
 from ambijax.model import config as model_config
 from ambijax.published import published
@@ -47,6 +48,8 @@ def planned(
         values = {"seed": seed, "data.fold": fold, "eval.base": False}
         if args.lab:
             values |= (experiments.QUICK_SETTINGS if args.quick else experiments.LAB_SETTINGS)[file]
+        if taken := [o for o in args.overrides if o[len("--config.") :].split("=")[0] in values]:
+            raise ConfigError(f"{taken[0]}: the table sets this itself; see --seeds, --folds and {EXPERIMENTS}")
         values |= changes  # what makes the row what it is
         given = (f"--config.model.checkpoint={checkpoint}",) if checkpoint else ()
         overrides = [o for o in args.overrides if file in OWNERS.get(o[len("--config.") :].split(".")[0], (file,))]
@@ -105,6 +108,9 @@ def plan(everything: Sequence[Run], stated: dict[str, float]) -> str:
     lines = [f"{'row':<34}{'runs':>6}{'done':>6}{'steps':>8}{'s a step':>10}{'hours left':>12}"]
     hours, disk, known = 0.0, 0, True
     rows = dict.fromkeys((run.corpus, run.row) for run in everything)
+    written = {Path(run.config.data.root) for run in everything if run.config.data.corpus == "synthetic"}
+    for other in {run.elsewhere for run in everything} - {None} - written:
+        manifest.check_sounds(manifest.read(other))  # that is what comes last, after all trainings
     for corpus, row in rows:
         mine = [run for run in everything if (run.corpus, run.row) == (corpus, row)]
         left = [run for run in mine if not runs.done(run)]
@@ -243,9 +249,13 @@ def main() -> None:
     try:
         stated = {row: float(s) for row, s in (pair.split("=") for pair in args.seconds_per_step)}
     except ValueError:
-        raise ConfigError("--seconds_per_step wants ROW=S, as in 'SFT=1.2'") from None
+        stated = {"": 0.0}
+    if not all(row and 0 < s < math.inf for row, s in stated.items()):
+        raise ConfigError("--seconds_per_step wants ROW=S, as in 'SFT=1.2'")
     typeset.pyplot()  # whether it is there, before days of training and not after
     everything = all_runs(experiments, args)
+    if unknown := stated.keys() - (rows := {run.row: None for run in everything}).keys():
+        raise ConfigError(f"--seconds_per_step: no row {', '.join(sorted(unknown))}; the rows are {', '.join(rows)}")
     failed = []
     if not args.report:
         print(plan(everything, stated), flush=True)

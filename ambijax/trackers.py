@@ -13,7 +13,7 @@ is local, and a corpus' licence may forbid that (IEMOCAP's does); so it is a key
 
 import argparse
 import contextlib
-import importlib.util
+import importlib
 import io
 import json
 import threading
@@ -26,7 +26,7 @@ import numpy as np
 from absl import logging
 from ml_collections import FrozenConfigDict
 
-from ambijax import audio, errors, manifest, rules, settings
+from ambijax import audio, errors, manifest, preflight, rules, settings
 from ambijax.errors import AmbijaxError, ConfigError
 from ambijax.workdir import replace
 
@@ -46,7 +46,7 @@ def following(config: FrozenConfigDict, workdir: Path) -> Iterator[None]:
     if not config.tracker:
         yield
         return
-    _assert_installed(config.tracker)
+    preflight.assert_tracker_installed(config.tracker)
     over = threading.Event()
     thread = threading.Thread(target=_follow, args=(config, workdir, over), name="tracker", daemon=True)
     thread.start()
@@ -57,11 +57,6 @@ def following(config: FrozenConfigDict, workdir: Path) -> Iterator[None]:
         thread.join(PATIENCE)
         if thread.is_alive():
             _warn(config.tracker, workdir, f"is not done after {PATIENCE:.0f} s")
-
-
-def _assert_installed(name: str) -> None:
-    if importlib.util.find_spec(name) is None:
-        raise ConfigError(f"tracker={name} needs its package: pip install 'ambijax[{name}]'")
 
 
 def _warn(name: str, workdir: Path, reason: str) -> None:
@@ -237,7 +232,7 @@ def main() -> None:
     parser.add_argument("--tracker", choices=rules.TRACKERS, required=True)
     parser.add_argument("--audio", action="store_true", help="send sounds, transcripts and reasonings, too")
     args = parser.parse_args()
-    _assert_installed(args.tracker)
+    preflight.assert_tracker_installed(args.tracker)
     config = FrozenConfigDict(settings.load(args.run).to_dict() | {"tracker_audio": args.audio})
     over = threading.Event()
     over.set()

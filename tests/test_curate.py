@@ -463,6 +463,11 @@ def test_no_key_no_run(go, monkeypatch: pytest.MonkeyPatch) -> None:
         ("--config.attempts=0", "attempts=0"),
         ("--config.teacher=parrot", "teacher='parrot'"),
         ("--max_usd=nan", "max_usd=nan"),
+        ("--config.writer.usd_per_1m.text_in=nan", "writer.usd_per_1m.text_in=nan must be a number of dollars"),
+        ("--config.judge.usd_per_1m.text_out=-1", "judge.usd_per_1m.text_out=-1.0"),
+        ("--config.max_chars=0", "max_words and max_chars must be at least 1"),
+        ("--config.labels=(1,2)", "labels=(1, 2) must be two distinct words or more"),
+        ("--config.labels=('anger',' fear')", "must be two distinct words"),
         ("--max_usd=-1", "max_usd"),
         ("--max_itms=3", "max_items"),
         *((f"--config.writer.base_url={url}", "base_url") for url in ("example.org", "http://", "http://h:x/v1")),
@@ -718,7 +723,7 @@ def test_a_new_process_counts_what_the_last_one_sent(tmp_path: Path, monkeypatch
 
 
 def test_a_request_that_can_never_fit_fails_instead_of_waiting(go) -> None:
-    with serving() as server:
+    with serving() as server, pytest.raises(ConfigError, match="all 1 items failed; start the same command again"):
         go(1, server, writer__tpm=500)
     assert rows(go.out)["u0"]["reason"].startswith("too large: needs ")
     assert not server.calls
@@ -849,6 +854,15 @@ def test_malformed_rows_are_dropped_and_counted(go, clips: Path) -> None:
     assert "merged      2 reasonings" in said
     assert "dropped     10" in said
     assert "for KL only 7" in said
+
+
+def test_results_of_another_corpus_are_not_merged(go, clips: Path) -> None:
+    corpus(go.root, clips, 2)
+    before = (go.root / "manifest.jsonl").read_bytes()
+    go.out.write_text(json.dumps({"id": "elsewhere", "status": "ok", "cot": GOLD}) + "\n")
+    with pytest.raises(ConfigError, match=r"no reasoning for .*\(not in the manifest 1\); nothing was written"):
+        go(2, None, "--merge")
+    assert (go.root / "manifest.jsonl").read_bytes() == before
 
 
 def test_merging_keeps_what_the_manifest_has(go, clips: Path) -> None:

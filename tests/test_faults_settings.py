@@ -288,10 +288,10 @@ def test_a_run_of_the_first_version_is_read_as_it_was(tmp_path):
     assert {*flatten_dict(config.to_dict())} == {*flatten_dict(now.to_dict())}
     checkpoint.check_meta(json.loads((tmp_path / "config.json").read_text()), config.to_dict(), tmp_path)
     other = config.to_dict()
-    other["model"]["cache"], other["optim"]["micro_batch"] = "int8", 1
+    other["model"]["cache"], other["data"]["pack"] = "int8", True
     with pytest.raises(ConfigError, match=r"model\.cache is 'float' in the checkpoint and 'int8' in this run") as said:
         checkpoint.check_meta(json.loads((tmp_path / "config.json").read_text()), other, tmp_path)
-    assert "optim.micro_batch is 0 in the checkpoint and 1 in this run" in str(said.value)
+    assert "data.pack is False in the checkpoint and True in this run" in str(said.value)
 
 
 def test_a_run_of_a_later_version_is_refused_with_what_to_do(tmp_path):
@@ -378,6 +378,34 @@ def test_the_doctor_says_what_is_here_and_no_key(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["ambijax.doctor", *arguments, "--config.mesh.data=3"])
     with pytest.raises(ConfigError, match="does not make 8 devices"):
         doctor.main()
+    missing = ("--config.init_from=nowhere", "--config.tracker=trackio")
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["ambijax.doctor", *arguments, *missing])
+    with pytest.raises(ConfigError, match=r"init_from=nowhere: no run .*; tracker=trackio needs its package"):
+        doctor.main()
+    monkeypatch.setattr("sys.argv", ["ambijax.doctor", "--cofnig", "configs/sft.py:tiny"])
+    with pytest.raises(ConfigError, match="--cofnig without --config checks nothing"):
+        doctor.main()
+
+
+def test_a_run_is_found_from_another_directory(tmp_path, monkeypatch):
+    """Relative paths are those of where its training was started."""
+    (tmp_path / "corpora" / "own").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    config, _ = settings.parse(["t", "--config=configs/sft.py:cremad", "--workdir=w", "--config.data.root=corpora/own"])
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    settings.save(config, tmp_path / "runs" / "a")
+    monkeypatch.chdir(tmp_path)
+    assert settings.load("runs/a").data.root == "corpora/own"
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert settings.load("../runs/a").data.root == str(tmp_path / "corpora" / "own")
+    assert settings.load("../runs/a").model.checkpoint == config.model.checkpoint  # which is nowhere
+
+
+def test_a_checkpoint_is_no_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_audio"}')
+    with pytest.raises(ConfigError, match=r"is no run but a checkpoint; name it in model\.checkpoint"):
+        settings.load(tmp_path)
 
 
 @pytest.mark.parametrize(

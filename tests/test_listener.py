@@ -217,8 +217,11 @@ def test_listing(tmp_path, monkeypatch):
     assert [c.path for c in listing.clips([str(tmp_path / "a/**/*.wav")], columns)] == found[:2]
     table = list(listing.clips([str(tmp_path / "t.csv")], columns))
     assert table == [listing.Clip(tmp_path / "a/z.WAV", "hello"), listing.Clip(tmp_path / "missing.wav")]
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{found[1]}\n\n{tmp_path / 't.csv'}\n"))
-    assert [c.path for c in listing.clips(["-"], columns)] == [found[1], *(c.path for c in table)]
+    strange = b"/caf\xe9.wav"  # Latin-1: what the disk calls it, and no text
+    listed = b"\xef\xbb\xbf%s\n\n%s\n%s\n" % (os.fsencode(found[1]), os.fsencode(tmp_path / "t.csv"), strange)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listed)))
+    expected = [found[1], *(c.path for c in table), Path(os.fsdecode(strange))]
+    assert [c.path for c in listing.clips(["-"], columns)] == expected
     for name, message in ((tmp_path / "a/b/*.flac", "no sound file"), (tmp_path / "t.csv", "no column 'audio'")):
         with pytest.raises(DataError, match=message):
             list(listing.clips([str(name)]))
@@ -325,7 +328,7 @@ def test_mistakes_get_one_line(run, clips, tmp_path, monkeypatch, capsys):
         (["--model", run, clips[0], "--labels", "anger,,fear"], "class words must be distinct and not empty"),
         (["--model", run, clips[0], "--transcript", "caf\udce9"], "holds half a character"),
     ):
-        monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
         assert command(monkeypatch, *arguments) in (2, 3)
         said = capsys.readouterr().err
         assert message in said

@@ -1,6 +1,7 @@
 """The prepare command on miniatures of both releases and on own manifests: faults F27 to F33."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -310,6 +311,9 @@ def test_f33_the_same_sound_in_two_groups_is_pointed_out(tmp_path, capsys):
         (("--corpus=cremad", "--root=/nowhere"), "--root=/nowhere is no directory"),
         (("--corpus=manifest", "--rename=happy"), "must look like happy:happiness"),
         (("--corpus=manifest", "--rename=happy:"), "must look like happy:happiness"),
+        (("--corpus=manifest", "--rename=a:b,a:c"), "gives a word two names"),
+        (("--corpus=cremad", "--ten_second_rule"), "--ten_second_rule belongs to --votes=raw"),
+        (("--corpus=cremad", "--out="), "--out is empty"),
         (("--corpus=manifest",), "--out must not be --root"),
         (("--corpus=iemocap",), "no Session1 to Session5"),
     ],
@@ -347,6 +351,28 @@ def test_class_words_that_nobody_voted_on_are_named(tmp_path, flags, message):
     own_corpus(tmp_path / "own", a={"anger": 1}, b={"neutral": 1})
     with pytest.raises(ConfigError, match=message):
         run(tmp_path / "own", tmp_path / "out", *(f"--{k}={v}" for k, v in flags.items()), corpus="manifest")
+
+
+def test_chains_of_thought_that_are_there_are_not_overwritten(tmp_path):
+    own_corpus(tmp_path / "own", a={"anger": 1}, b={"neutral": 1})
+    first = run(tmp_path / "own", tmp_path / "out", corpus="manifest")
+    run(tmp_path / "own", tmp_path / "out", corpus="manifest")  # nothing is lost
+    reasoned = dataclasses.replace(first.utterances[1], cot="because")
+    manifest.write(dataclasses.replace(first, utterances=(first.utterances[0], reasoned)))
+    before = (tmp_path / "out" / "manifest.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"manifest.jsonl has 1 chains of thought .* for one that of b; move it away"):
+        run(tmp_path / "own", tmp_path / "out", corpus="manifest")
+    assert (tmp_path / "out" / "manifest.jsonl").read_bytes() == before
+
+
+def test_one_emotion_in_two_spellings_is_named(tmp_path):
+    own_corpus(tmp_path / "own", a={"Anger": 1}, b={"anger": 1, "neutral": 1})
+    with pytest.raises(DataError, match="votes on 'Anger' and on 'anger' would be two classes"):
+        run(tmp_path / "own", tmp_path / "out", corpus="manifest")
+    with pytest.raises(DataError, match="votes on 'Anger' and on 'anger' would be two classes"):
+        manifest.read(tmp_path / "own")
+    found = run(tmp_path / "own", tmp_path / "out", "--rename=Anger:anger", corpus="manifest")
+    assert found.labels == ("anger", "neutral")
 
 
 def test_class_words_may_have_spaces_around_them(tmp_path):

@@ -130,6 +130,27 @@ def test_a_plan_finds_mistakes_first(tmp_path):
     for change in ({"checkpoint": "nowhere"}, {"corpus": "cremad"}, {"overrides": ["--config.stepps=3"]}):
         with pytest.raises(errors.AmbijaxError):
             tables.plan(tables.all_runs(EXPERIMENTS, wanted(tmp_path, **change)), {})
+    for given in ("--config.seed=7", "--config.data.fold=3", "--config.eval.base=True"):  # would be ignored
+        with pytest.raises(errors.ConfigError, match=f"{given}: the table sets this itself; see --seeds, --folds"):
+            tables.all_runs(EXPERIMENTS, wanted(tmp_path, overrides=[given]))
+    with pytest.raises(errors.ConfigError, match="no manifest at nowhere"):  # and not after all trainings
+        tables.plan(tables.all_runs(EXPERIMENTS, wanted(tmp_path, table="3", other=Path("nowhere"))), {})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--table=2", "--corpus=tiny", "--quick"], "--quick: not without --lab"),
+        (["--lab", "--corpus=tiny", "--folds=2"], "--corpus, --folds: not with --lab"),
+        (["--table=2", "--corpus=tiny", "--seconds_per_step", "SFT=-5"], "wants ROW=S"),
+        (["--table=2", "--corpus=tiny", "--seconds_per_step", "SFT=nan"], "wants ROW=S"),
+        (["--table=2", "--corpus=tiny", "--seconds_per_step", "SFTT=5"], "no row SFTT; the rows are "),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(flags, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ambijax.tables", *flags, f"--out={tmp_path}", "--plan"])
+    with pytest.raises(errors.ConfigError, match=message):
+        tables.main()
 
 
 # Doing them: `finish` stands for a training, so that only the driver is tested; the real ones are below.

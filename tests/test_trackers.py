@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ml_collections import FrozenConfigDict
 
-from ambijax import errors, settings, trackers
+from ambijax import errors, preflight, settings, trackers
 from ambijax.errors import ConfigError
 from tests import trained
 
@@ -190,7 +190,7 @@ class Hanging(Broken):
 @pytest.mark.parametrize(("tracker", "reason"), [(Broken, "OSError: no network at all"), (Hanging, "is not done")])
 def test_a_failing_tracker_does_not_stop_the_run(workdir, monkeypatch, caplog, tracker, reason):
     monkeypatch.setattr(trackers, "_TensorBoard", tracker)
-    monkeypatch.setattr(trackers, "_assert_installed", lambda name: None)
+    monkeypatch.setattr(preflight, "assert_tracker_installed", lambda name: None)
     monkeypatch.setattr(trackers, "PATIENCE", 0.3)
     began = time.monotonic()
     with trackers.following(config("tensorboard"), workdir):
@@ -221,7 +221,7 @@ def test_off_by_default(workdir):
 
 
 def test_a_missing_package_is_one_line(workdir, monkeypatch, capsys):
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
     with (
         pytest.raises(ConfigError, match=r"pip install 'ambijax\[wandb\]'"),
         trackers.following(config("wandb"), workdir),

@@ -20,12 +20,13 @@ def read(root: Path, *, labels: Sequence[str], words: Mapping[str, str]) -> Rele
 
     Raises:
       ConfigError: no manifest, fewer than two classes, a class or word without a vote, or audio that lies elsewhere.
-      DataError: a line is not an utterance.
+      DataError: a line is not an utterance, or an emotion has two spellings.
     """
-    corpus = manifest.read(root)
+    corpus = manifest.read(root, renames=True)
     if corpus.audio_root is not None:
         raise ConfigError(f"the audio of {root} is in {corpus.audio_root}; prepare the corpus from there")
     utterances = tuple(dataclasses.replace(u, votes=rename(u.votes, words)) for u in corpus.utterances)
+    manifest.assert_one_spelling(root, utterances)
     voted, renamed = (
         sorted({e for u in us for e, n in u.votes.items() if n}) for us in (corpus.utterances, utterances)
     )
