@@ -156,6 +156,8 @@ def _csv(path: Path) -> Iterator[tuple[str, object]]:
         reader = csv.DictReader(file, strict=True)
         try:
             header = reader.fieldnames or []
+            if len(header) == 1 and (other := next((c for c in ";\t" if c in header[0]), "")):
+                raise DataError(f"{path}: its columns are separated by {other!r}; save it with commas")
             if len(set(header)) < len(header):
                 raise DataError(f"{path}: a column stands twice in {', '.join(header)}")
             for row in reader:

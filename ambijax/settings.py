@@ -80,7 +80,8 @@ def _read(argv: list[str]) -> tuple[ConfigDict | FrozenConfigDict, Path]:
     except flags.Error as error:
         raise ConfigError(one_line(error)) from error
     except Exception as error:  # a config file is a program of the user's and may fail in any way
-        raise ConfigError(f"--config: {one_line(error)}") from error
+        text = one_line(error)  # of a section that is not there only its name
+        raise ConfigError(f"--config: {f'no section {text} in it' if text.isidentifier() else text}") from error
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r:.{_SHOWN}}; {_USAGE}")
     workdir = Path(values.workdir)

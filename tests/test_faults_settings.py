@@ -351,6 +351,12 @@ def test_a_dry_run_plans_or_says_all_that_is_wrong(tmp_path):
     assert len(err.strip().splitlines()) == 1
 
 
+def test_a_warning_for_the_user_comes_without_its_line_of_source():
+    where = ("audio.py", 81, "return check(samples)")
+    assert errors._plain(UserWarning("a.wav: longer than 30 s"), UserWarning, *where) == "a.wav: longer than 30 s\n"
+    assert "audio.py:81" in errors._plain(DeprecationWarning("old"), DeprecationWarning, *where)
+
+
 @needs_tiny
 def test_the_doctor_says_what_is_here_and_no_key(tmp_path, monkeypatch, capsys):
     corpus = tmp_path / "data" / "own"

@@ -107,6 +107,13 @@ def test_broken_csv_is_named(tmp_path, text, message):
         manifest.read(tmp_path)
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_another_separator_is_named(tmp_path, separator):
+    (tmp_path / "manifest.csv").write_text(separator.join(["id", "audio", "speaker"]) + "\n")
+    with pytest.raises(DataError, match=r"columns are separated by .* save it with commas"):
+        manifest.read(tmp_path)
+
+
 def test_the_examples_of_the_documentation_are_manifests(tmp_path):
     page = (Path(__file__).parents[1] / "docs" / "corpora" / "manifest.md").read_text(encoding="utf-8")
     examples = [line.strip() for line in page.splitlines() if line.startswith(("    {", "    id,", "    a1,"))]

@@ -157,6 +157,7 @@ MISTAKES = [
     (["--config=configs/sft.py:tony", "--workdir=W"], "no variant 'tony'; choose one of tiny, tiny_iemocap,"),
     (["--config=configs/sft.py:tiny", "--workdir=W", "--config.optim.lerning_rate=1"], "Did you mean"),
     (["--config=configs/sft.py:tiny", "--workdir=W", "--config.loss.nope=1"], "no such setting: nope"),
+    (["--config=configs/sft.py:tiny", "--workdir=W", "--config.grpo.samples=4"], "no section grpo in it"),
     (
         ["--config=configs/sft.py:tiny", "--workdir=W", "--config.steps=-1", "--config.log_every=0"],
         "log_every=0 must be a whole number from 1 to 100000000; steps=-1 must be a whole",
