@@ -180,6 +180,8 @@ def main() -> None:
     args = parser.parse_args()
     if len(args.systems) < 2:
         raise ConfigError("give two systems or more; each is compared with the first")
+    if wrong := [system for system in args.systems if "" in system.split(",")]:
+        raise ConfigError(f"{wrong[0]!r} names a run '': put commas without blanks between the runs of one system")
     systems = [read([Path(run) for run in system.split(",")], args.evaluation) for system in args.systems]
     if len({system.name for system in systems}) < len(systems):  # the last parts of their paths are alike
         systems = [dataclasses.replace(s, name=given) for s, given in zip(systems, args.systems, strict=True)]

@@ -236,6 +236,8 @@ def _find(given: Path, root: Path) -> Path:
     if given != root and not given.is_file():
         raise ConfigError(f"no manifest at {given}")
     found = [path for name in _NAMES if (path := root / name).is_file()]
+    if not found and root.is_dir() and (near := [p for p in root.iterdir() if p.name.lower() in _NAMES]):
+        raise ConfigError(f"{near[0]}: a manifest is called {near[0].name.lower()}, in small letters; rename it")
     if not found:
         raise ConfigError(f"no manifest at {root / 'manifest.jsonl'}; write one with python -m ambijax.prepare")
     if len(found) > 1:

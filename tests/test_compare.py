@@ -133,3 +133,9 @@ def test_other_utterances_cannot_be_compared(tmp_path):
         file.write("{\n{")
     with pytest.raises(DataError, match=r"predictions.jsonl:6: not JSON"):
         compare.read([tmp_path / "a"], "test")
+
+
+def test_a_blank_behind_a_comma_is_named(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ambijax.compare", "runs/a,", "runs/b"])
+    with pytest.raises(ConfigError, match="'runs/a,' names a run ''"):
+        compare.main()

@@ -137,6 +137,14 @@ def test_missing_and_doubled_manifests_are_named(tmp_path):
         manifest.read(tmp_path / "manifest.csv")
 
 
+def test_a_manifest_in_capitals_is_named(tmp_path):
+    (tmp_path / "Manifest.csv").touch()
+    if (tmp_path / "manifest.csv").exists():
+        pytest.skip("this disk does not tell capitals apart")
+    with pytest.raises(ConfigError, match=r"Manifest\.csv: a manifest is called manifest\.csv, in small letters"):
+        manifest.read(tmp_path)
+
+
 def test_a_manifest_of_another_name_is_refused(tmp_path):
     """Its directory stands for a corpus everywhere: another manifest there would be read, or overwritten, for it."""
     write_lines(tmp_path, ROW)
