@@ -9,7 +9,7 @@ import scipy.stats
 from ml_collections import FrozenConfigDict
 
 from ambijax import compare, metrics
-from ambijax.errors import DataError
+from ambijax.errors import ConfigError, DataError
 
 CONFIG = FrozenConfigDict({"eval": {"resamples": 5000, "level": 0.9, "cluster": "utterance"}})
 
