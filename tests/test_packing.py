@@ -38,7 +38,7 @@ def _with_gradient(model, variables, asked, completions):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["lora"])
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_scores_and_gradients_are_those_with_padding(model, variables, asked, completions, parts):
     packed = completions.replace(packing=packing(asked.mask, completions.mask, parts))
     assert packed.packing.slots.size < 0.8 * packed.packing.tokens.size

@@ -56,7 +56,7 @@ def test_a_kept_tower_output_is_that_of_the_live_tower(model, variables):
     assert abs(float(loss) - float(other)) > 1e-4  # it does listen
 
 
-@pytest.mark.parametrize(("group", "packs"), [(3, False), (3, True), (5, True)])
+@pytest.mark.parametrize(("group", "packs"), [(3, False), (3, True), pytest.param(5, True, marks=pytest.mark.slow)])
 def test_the_last_layer_for_a_prompt_of_which_one_token_goes_on(model, variables, group, packs):
     # Keys and values of the others must be there, and no gradient may be lost.
     prompt, given = small.prompts(4), small.completions(4, group, T)
