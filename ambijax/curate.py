@@ -23,9 +23,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ambijax import audio, emotions, errors, manifest, settings, teacher
-from ambijax.acoustics import MEASURES, Acoustics, Norm, measure, speaker_norms
-from ambijax.curation import checks, ledger, prompts, teachers
-from ambijax.curation.client import BudgetReached, Client, Request, is_url
+from ambijax.acoustics import Acoustics, Norm, measure, speaker_norms
+from ambijax.curation import checks, ledger, teachers
+from ambijax.curation.client import BudgetReached, Client, is_url
+from ambijax.curation.estimate import estimate
 from ambijax.errors import ConfigError, DataError
 from ambijax.manifest import Corpus
 
@@ -128,76 +129,27 @@ def check(config: ConfigDict) -> None:
 
 
 def to_do(corpus: Corpus, out: Path, config: ConfigDict) -> tuple[list[teachers.Item], list[teachers.Result]]:
-    """Utterances that have no result yet: (those with a soft label, failures of those whose votes give none)."""
-    finished, items, failures = ledger.finished(out), [], []
+    """Utterances without a result for the votes they have.
+
+    Returns:
+      those with a soft label, and failures of those whose votes give none.
+    """
+    votes = votes_on(corpus, config.labels)
+    finished, items, failures = ledger.finished(out, votes), [], []
     for utterance in corpus.utterances[: config.max_items or None]:
         if utterance.id in finished:
             continue
+        counted = votes[utterance.id]
         try:
-            items.append(teachers.Item(utterance, emotions.soft_label(utterance.votes, config.labels)))
+            items.append(teachers.Item(utterance, counted, emotions.soft_label(utterance.votes, config.labels)))
         except DataError as error:
-            failures.append(teachers.Result(utterance.id, "failed", f"votes: {error}", 0, "", ""))
+            failures.append(teachers.Result(utterance.id, counted, "failed", f"votes: {error}", 0, "", ""))
     return items, failures
 
 
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """What curating some items will take."""
-
-    hours: float  # of audio
-    unreadable: int  # clips whose header cannot be read
-    requests: int  # when every first draft passes
-    tokens: int
-    usd: float
-    usd_at_most: float  # when every item takes all its attempts and every answer has full length
-    minutes: float  # that the rate limits alone enforce
-
-
-def estimate(items: Sequence[teachers.Item], corpus: Corpus, config: ConfigDict) -> Estimate:
-    """Counts tokens from above with the very requests that will be sent; reads nothing of a clip but its header."""
-    seconds, first, all_attempts, unreadable = 0.0, [], [], 0
-    loud = Acoustics(*[100.0] * len(MEASURES))
-    voice = prompts.describe(loud, Norm.of([loud]))
-    longest = "x" * math.ceil(config.writer.max_completion_tokens * config.writer.bytes_per_token)
-    again = teachers.Draft(2, text=longest, faults=("x" * 300,))
-    for item in items:
-        length = _seconds(corpus, item)
-        unreadable += length is None
-        seconds += length or 0.0
-        sound, heard = (b"", length or 0.0) if config.teacher == "audio" else (voice, 0.0)
-        first.append(teachers.drafting_request(config, item, teachers.Draft(1), sound, heard))
-        all_attempts.append(first[-1])
-        all_attempts += [teachers.drafting_request(config, item, again, sound, heard)] * (config.attempts - 1)
-        if config.validator != "none":
-            written = longest[: math.ceil(config.writer.expected_tokens * config.writer.bytes_per_token)]
-            first.append(teachers.validating_request(config, item, written, 1))
-            all_attempts += [teachers.validating_request(config, item, longest, 1)] * config.attempts
-    if config.teacher == "template":
-        return Estimate(seconds / 3600, unreadable, 0, 0, 0.0, 0.0, 0.0)
-    return Estimate(
-        hours=seconds / 3600,
-        unreadable=unreadable,
-        requests=len(first),
-        tokens=sum(request.prompt_tokens + request.endpoint.expected_tokens for request in first),
-        usd=sum(request.usd(request.endpoint.expected_tokens) for request in first),
-        usd_at_most=sum(request.usd_at_most for request in all_attempts),
-        minutes=max((_minutes(first, config[role]) for role in ("writer", "judge")), default=0.0),
-    )
-
-
-def _minutes(requests: Sequence[Request], endpoint: ConfigDict) -> float:
-    mine = [request for request in requests if request.endpoint.model == endpoint.model]
-    return max(len(mine) / endpoint.rpm, sum(request.tokens for request in mine) / endpoint.tpm)
-
-
-def _seconds(corpus: Corpus, item: teachers.Item) -> float | None:
-    """Length of the clip as its header tells, at most what is sent; None when it cannot be read."""
-    import soundfile
-
-    try:
-        return min(soundfile.info(corpus.path(item.utterance)).duration, audio.SECONDS)
-    except (soundfile.SoundFileError, TypeError, DataError):
-        return None
+def votes_on(corpus: Corpus, labels: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of each utterance, id -> its votes on the labels, without labels that have none."""
+    return {u.id: {label: u.votes[label] for label in labels if u.votes.get(label)} for u in corpus.utterances}
 
 
 def voices(corpus: Corpus, least: int) -> teachers.Voices:
@@ -291,12 +243,13 @@ def run(items: Sequence[teachers.Item], failures: Sequence[teachers.Result], cor
     """
     config, out = options.config, options.out
     with contextlib.ExitStack() as stack:
-        path, ended = out.with_suffix(".ledger.jsonl"), bool(ledger.finished(out))
+        votes = votes_on(corpus, config.labels)
+        path, ended = out.with_suffix(".ledger.jsonl"), bool(ledger.finished(out, votes))
         book = stack.enter_context(contextlib.closing(ledger.Ledger(path, _settings(config), ended=ended)))
-        finished = ledger.finished(out)  # by another run that held the ledger until now
+        finished = ledger.finished(out, votes)  # by another run that held the ledger until now
         items = [item for item in items if item.utterance.id not in finished]
         client = Client(book, _endpoints(config), config.calls, config.max_usd)
-        ledger.forget_failed(out)
+        ledger.forget_unfinished(out, votes)
         results = stack.enter_context(contextlib.closing(ledger.Journal(out)))
         for failure in failures:
             results.append(dataclasses.asdict(failure))
@@ -343,7 +296,7 @@ def merge(corpus: Corpus, out: Path, config: ConfigDict) -> None:
         raise ConfigError(
             f"{table} has no place for reasonings; make a manifest.jsonl of it with python -m ambijax.prepare"
         )
-    by_id = {utterance.id: utterance for utterance in corpus.utterances}
+    by_id, votes = {u.id: u for u in corpus.utterances}, votes_on(corpus, config.labels)
     dropped: collections.Counter[str] = collections.Counter()
     cots: dict[str, str] = {}
     for line in out.read_bytes().split(b"\n"):
@@ -359,6 +312,8 @@ def merge(corpus: Corpus, out: Path, config: ConfigDict) -> None:
             continue
         if not isinstance(name, str) or name not in by_id:
             dropped["not in the manifest"] += 1
+        elif ledger.of_other_votes(row, votes):
+            dropped["for other votes than the manifest has"] += 1
         elif name in cots:
             dropped["id occurs twice"] += 1
         elif not isinstance(cot, str):

@@ -2,6 +2,7 @@
 
 import base64
 import collections
+import dataclasses
 import io
 import json
 import os
@@ -863,6 +864,26 @@ def test_results_of_another_corpus_are_not_merged(go, clips: Path) -> None:
     with pytest.raises(ConfigError, match=r"no reasoning for .*\(not in the manifest 1\); nothing was written"):
         go(2, None, "--merge")
     assert (go.root / "manifest.jsonl").read_bytes() == before
+
+
+def test_a_reasoning_explains_the_votes_it_was_written_for(go, clips: Path) -> None:
+    """Votes prepared anew: such an item is neither merged nor finished, and only it is asked about again."""
+    with serving() as server:
+        go(3, server)
+        assert [row["votes"] for row in rows(go.out).values()] == [{"sadness": 6, "anger": 2}] * 3
+        first, *others = manifest.read(go.root).utterances
+        changed = dataclasses.replace(first, votes={"sadness": 2, "anger": 6})
+        outside = dataclasses.replace(others[0], votes=others[0].votes | {"contempt": 3})  # no label: p is what it was
+        manifest.write(manifest.Corpus(go.root, (changed, outside, *others[1:])))
+        said = go(3, None, "--merge")
+        assert "merged      2" in said
+        assert "dropped     1 (for other votes than the manifest has 1)" in said
+        server.calls.clear()
+        assert "1 to do of 3 (2 finished earlier)" in go(3, server)
+        assert {call.item for call in server.calls} == {"item-0"}
+    assert "anger 0.75, sadness 0.25" in server.calls[0].body["messages"][1]["content"][0]["text"]
+    assert rows(go.out)["u0"]["votes"] == changed.votes
+    assert "merged      3" in go(3, None, "--merge")
 
 
 def test_merging_keeps_what_the_manifest_has(go, clips: Path) -> None:

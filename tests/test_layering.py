@@ -21,6 +21,7 @@ LAYERS = [
     ["curation.ledger", "curation.limits", "curation.prompts"],
     ["curation.checks", "curation.client"],
     ["curation.teachers"],
+    ["curation.estimate"],
     ["corpora.talker", "corpora.release"],
     ["corpora.cremad", "corpora.iemocap", "corpora.own", "corpora.synthetic"],
     ["rules", "model.config"],

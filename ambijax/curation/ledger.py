@@ -2,7 +2,7 @@
 
 Two files, one JSON line a record, fsynced when it holds something that was paid for:
 
-    cot.jsonl           one line an item that ended: {"id", "status", "reason", "attempts", "teacher", "cot"}
+    cot.jsonl           one line an item that ended: {"id", "votes", "status", "reason", "attempts", "teacher", "cot"}
     cot.ledger.jsonl    {"settings"} first; {"sent": n, ...} before a request leaves; {"got": n, ...} when it has ended
 
 An answer is in the ledger before anything is done with it, and the dialogue about an item is a function of the
@@ -98,17 +98,25 @@ def results(path: Path) -> list[dict]:
     return records
 
 
-def finished(path: Path) -> set[str]:
-    """The ids of the items that ended so far and did not fail; see `results`."""
-    return {record["id"] for record in results(path) if record["status"] != "failed"}
+def of_other_votes(record: Mapping[str, object], votes: Mapping[str, Mapping[str, float]]) -> bool:
+    """Whether a result explains other votes than its item has now (id -> votes)."""
+    now = votes.get(record["id"])
+    return now is not None and record.get("votes", now) != now
 
 
-def forget_failed(path: Path) -> None:
-    """Rewrites the results without the failed items, whole or not at all, so that this run tries them again."""
-    if not path.is_file():
-        return
-    lines = (_line(record).decode() for record in results(path) if record["status"] != "failed")
-    replace(path, "".join(lines))
+def finished(path: Path, votes: Mapping[str, Mapping[str, float]]) -> set[str]:
+    """The ids of the items that ended so far, did not fail and have the votes they had; see `results`."""
+    return {record["id"] for record in results(path) if _stands(record, votes)}
+
+
+def forget_unfinished(path: Path, votes: Mapping[str, Mapping[str, float]]) -> None:
+    """Rewrites the results to those that are `finished`, whole or not at all, so that this run tries the others."""
+    if path.is_file():
+        replace(path, "".join(_line(record).decode() for record in results(path) if _stands(record, votes)))
+
+
+def _stands(record: Mapping[str, object], votes: Mapping[str, Mapping[str, float]]) -> bool:
+    return record["status"] != "failed" and not of_other_votes(record, votes)
 
 
 def _line(record: Mapping[str, object]) -> bytes:

@@ -27,9 +27,10 @@ from ambijax.manifest import Corpus, Utterance
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """An utterance with the soft label p [K] that its reasoning has to explain."""
+    """An utterance with the soft label p [K] that its reasoning has to explain, and the votes that p is made of."""
 
     utterance: Utterance
+    votes: Mapping[str, float]
     p: np.ndarray
 
 
@@ -48,6 +49,7 @@ class Result:
     """What became of an item: 'ok' with a cot, 'rejected' by the checks, 'failed' for want of an answer."""
 
     id: str
+    votes: Mapping[str, float]  # that it explains
     status: str
     reason: str
     attempts: int
@@ -166,7 +168,7 @@ async def curate(item: Item, teacher: Teacher, validator: Validator, config: ml_
     name = "template" if config.teacher == "template" else config.writer.model
 
     def ended(status: str, attempts: int, reason: str = "", cot: str = "") -> Result:
-        return Result(item.utterance.id, status, reason, attempts, name, cot)
+        return Result(item.utterance.id, item.votes, status, reason, attempts, name, cot)
 
     draft = Draft(1)
     while True:
