@@ -149,8 +149,8 @@ def test_damaged_files_are_mended_or_refused_in_one_line(algorithm, tmp_path, co
     expected, whole = straight(algorithm)
     cut, copy, dice = tmp_path / "cut", tmp_path / "copy", random.Random(algorithm)
     arguments = train(cut, corpus, algorithm, *SHORT, *SAMPLES[algorithm])
-    damaged, refused, said, code = [], 0, "", None
-    while code != 0 or len(damaged) < DAMAGED:
+    damaged, refused, said, done = [], 0, "", False
+    while not done:
         last = len(damaged) == DAMAGED
         moment = math.inf if last else dice.uniform(0.3, 0.9) * whole
         code, err, _ = interrupt(arguments, lambda process, at=moment: spent(process) > at, signal.SIGKILL)
@@ -162,7 +162,8 @@ def test_damaged_files_are_mended_or_refused_in_one_line(algorithm, tmp_path, co
             refused += 1
             continue
         assert code in (0, -signal.SIGKILL), err
-        if not last:
+        done = last and code == 0
+        if not last:  # also where it was done before that moment
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(cut, copy)
             damaged.append(_damage(cut, dice))
