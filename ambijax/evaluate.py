@@ -13,6 +13,7 @@ Everything goes to eval/ in the run's directory (docs/evaluation.md).
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ from ambijax import (
 )
 from ambijax.agent import Setting
 from ambijax.data import Dataset
-from ambijax.errors import ConfigError
+from ambijax.errors import ConfigError, NonFiniteError
 from ambijax.predictions import GREEDY, Decoding
 from ambijax.workdir import check_writable, replace
 
@@ -59,7 +60,14 @@ COLUMNS = {
 
 
 def summarise(records: list[dict]) -> dict[str, float]:
-    """All metrics of method and format over predictions."""
+    """All metrics of method and format over predictions.
+
+    Raises:
+      NonFiniteError: some are not a number.
+    """
+    if broken := [r["id"] for r in records if not np.isfinite([*r["readout"], r["js_gold"] or 0.0]).all()]:
+        said = f"the read-out of {len(broken)} of {len(records)} utterances is not a number, {broken[0]} say"
+        raise NonFiniteError(f"{said}; evaluate an earlier checkpoint")
     p = np.array([r["target"] for r in records])
     q = np.array([r["readout"] for r in records])
     after_gold = [r["js_gold"] for r in records if r["js_gold"] is not None]
@@ -201,6 +209,9 @@ def _answer(args: argparse.Namespace, config: FrozenConfigDict, asked: FrozenCon
     if not args.run and hosts.is_main():
         check_writable(workdir)
         settings.save(config, workdir)
+    _check_sounds(asked, args.split)
+    if args.calibrate:
+        _check_sounds(config, "dev")
     setting = assemble.setting(config)
     with jax.set_mesh(setting.mesh):
         base = args.base or not args.run
@@ -224,6 +235,13 @@ def _answer(args: argparse.Namespace, config: FrozenConfigDict, asked: FrozenCon
     if args.slices:
         print("\n" + slices.table(summary["slices"]))
     print(f"written to {workdir / 'eval' / name}")
+
+
+def _check_sounds(config: FrozenConfigDict, split: str) -> None:
+    """Raises DataError: a clip that will be heard is not there; said before the weights are read."""
+    corpus = assemble.corpus(config)
+    asked = manifest.voted(assemble.splits(config, corpus)[split], config.data.labels)
+    manifest.check_sounds(dataclasses.replace(corpus, utterances=tuple(asked)))
 
 
 def _settings(args: argparse.Namespace, rest: list[str]) -> tuple[FrozenConfigDict, FrozenConfigDict, Path]:

@@ -9,9 +9,9 @@
 With several sampled chains of thought, readout is their mean, reasoning the first of them, and format, forced and
 tokens are means.
 
-Beside the records lies `origin.json`: weights, settings, utterances and version that they come from, and the sha256 of
-what is written so far. The same origin goes on where it was killed, at a whole batch, so that every bit is as in one
-go; another origin, or a record that is not as it was written, starts anew.
+Beside the records lies `origin.json`: weights, settings, utterances, sounds and version that they come from, and the
+sha256 of what is written so far. The same origin goes on where it was killed, at a whole batch, so that every bit is as
+in one go; another origin, or a record that is not as it was written, starts anew.
 """
 
 import contextlib
@@ -262,13 +262,12 @@ def _origin(setting: Setting, variables: dict, dataset: Dataset, decoding: Decod
         variables = {name: tree for name, tree in variables.items() if name != "params"}
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         trained.update(jax.tree_util.keystr(path).encode() + sharding.fetch(leaf).tobytes())
-    spoken = [dataclasses.asdict(utterance) for utterance in dataset.utterances]
     return {
         "commit": journal.commit(),
         "base": convert.digest(setting.config.model.checkpoint),
         "trained": trained.hexdigest(),
         "split": dataset.split,
-        "utterances": _sha256(spoken),
+        "utterances": manifest.digest(manifest.Corpus(dataset.root, dataset.utterances)),
         "decoding": dataclasses.asdict(decoding),
         "after": _sha256([record["reasoning"] for record in after]) if after else None,
         "config": setting.config.to_dict(),

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import jax
 import tqdm
+from absl import logging
 from ml_collections import FrozenConfigDict
 
 from ambijax import (
@@ -43,6 +44,7 @@ from ambijax import (
 from ambijax.agent import Setting
 from ambijax.algorithms import ALGORITHMS
 from ambijax.data import Dataset
+from ambijax.errors import NonFiniteError
 from ambijax.health import Health
 from ambijax.journal import Log, environment
 from ambijax.structs import TrainState
@@ -209,10 +211,15 @@ def assess(run: Run, state: TrainState, step: int) -> dict[str, float]:
     records = predictions.collect(
         run.setting, run.variables(state), dev, run.directory / "eval" / "dev", "dev", wait=True
     )
-    scores = {name: value for name, value in evaluate.summarise(records).items() if value is not None}
-    run.saved.score(step, scores[config.metric])
-    if hosts.is_main():
-        tqdm.tqdm.write(f"step {step}: {config.metric} {scores[config.metric]:.4f} on {len(dev)} clips of dev")
+    try:
+        scores = {name: value for name, value in evaluate.summarise(records).items() if value is not None}
+    except NonFiniteError as error:  # the guard of the updates says when training must end
+        scores = {}
+        logging.warning("step %d has no score: %s", step, error)
+    else:
+        run.saved.score(step, scores[config.metric])
+        if hosts.is_main():
+            tqdm.tqdm.write(f"step {step}: {config.metric} {scores[config.metric]:.4f} on {len(dev)} clips of dev")
     run.clock.lap("evaluation")
     return {f"dev/{name}": value for name, value in scores.items()}
 

@@ -121,10 +121,19 @@ def test_one_clip_at_a_time_predicts_as_eight_do_and_a_killed_evaluation_goes_on
     bench.collect(tmp_path, batch=1)
     assert path.read_bytes() == whole
     assert len(predicted) == 9 + 8
+    # One bit of one sound: it is another clip.
+    shutil.copytree(bench.test.root, tmp_path / "corpus")
+    elsewhere = dataclasses.replace(bench.test, root=tmp_path / "corpus")
+    bench.collect(tmp_path, batch=1, test=elsewhere)
+    assert len(predicted) == 9 + 8  # the same clips, wherever they lie
+    sound = tmp_path / "corpus" / bench.test.utterances[5].audio
+    sound.write_bytes(sound.read_bytes()[:-1] + bytes([sound.read_bytes()[-1] ^ 1]))
+    bench.collect(tmp_path, batch=1, test=elsewhere)
+    assert len(predicted) == 9 + 8 + 8
     # Other words, other predictions: nothing of the old ones stays.
     others = tuple(dataclasses.replace(u, cot="") for u in bench.test.utterances)
     bench.collect(tmp_path, batch=1, test=dataclasses.replace(bench.test, utterances=others))
-    assert len(predicted) == 9 + 8 + 8
+    assert len(predicted) == 9 + 8 + 8 + 8
 
 
 @needs_tiny
@@ -428,3 +437,16 @@ def test_a_bare_checkpoint_on_another_corpus(tmp_path):
     assert {"uniform", "prior", "one-hot", "one annotator", "half", "another panel", "other", "ambiguity"} <= rows
     assert (summary["corpus"], summary["root"]) == (str(other.root), str(sounds.root))
     evaluate._assert_own_place(other.root, tmp_path / "run/eval/other")  # the same command may be given again
+
+
+def test_sounds_are_looked_for_before_weights_are_read(tmp_path, monkeypatch):
+    """F27; with 7B that is 17 GB read for nothing."""
+    heard = tuple(dataclasses.replace(u, votes={"anger": 1, "sadness": 1}) for u in _utterances("ab"))
+    for name in ("own", "other"):
+        manifest.write(manifest.Corpus(tmp_path / name, heard))
+    argv = ["x", "--config=configs/sft.py:tiny", "--workdir=unused", f"--config.data.root={tmp_path / 'own'}"]
+    settings.save(settings.parse([*argv, "--config.data.corpus=manifest"])[0], tmp_path)
+    monkeypatch.setattr(assemble, "base", lambda *_: pytest.fail("reads the weights"))
+    monkeypatch.setattr(sys, "argv", ["evaluate", f"--run={tmp_path}", f"--corpus={tmp_path / 'other'}"])
+    with pytest.raises(DataError, match=r"^2 of 2 sounds in .*other are missing, such as .*other/0\.wav$"):
+        evaluate.main()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 from safetensors.numpy import load_file, save_file
 
-from ambijax import assemble, digest, guard, prompt, settings
+from ambijax import assemble, digest, guard, predictions, prompt, settings
+from ambijax import train as training
 from ambijax.errors import NonFiniteError
 from ambijax.health import Health
 from ambijax.journal import Log
@@ -125,6 +127,31 @@ def test_a_batch_counts_once_however_often_it_is_learned_from(tmp_path):
         health.note(1, ["two"], {"skipped/total": 24, "skipped/in_a_row": 24} | bad)
         with pytest.raises(NonFiniteError, match="24 updates in a row were skipped, the last at step 1"):
             health.look()
+
+
+def test_a_dev_read_out_that_is_not_a_number_is_no_score_and_ends_nothing(tmp_path, monkeypatch, caplog):
+    good = {"id": "u6", "target": [0.5, 0.5], "readout": [0.5, 0.5], "js_gold": 0.1}
+    good |= {"format": 1.0, "forced": False, "tokens": 3}
+    scored = []
+    run = types.SimpleNamespace(
+        setting=types.SimpleNamespace(
+            config=FrozenConfigDict({"steps": 4, "eval": {"every": 2, "dev_clips": 0, "metric": "js"}})
+        ),
+        saved=types.SimpleNamespace(wait=lambda: None, score=lambda *given: scored.append(given)),
+        clock=types.SimpleNamespace(lap=lambda _: None),
+        sets={"dev": types.SimpleNamespace(spread=lambda _: [0, 1])},
+        directory=tmp_path,
+        variables=lambda _: {},
+    )
+    for changes in ({"readout": [np.nan, np.nan]}, {"js_gold": np.nan}):
+        monkeypatch.setattr(predictions, "collect", lambda *_, c=changes, **__: [good, good | {"id": "u7"} | c])
+        assert training.assess(run, None, 2) == {}
+        assert not scored
+        assert "step 2 has no score: the read-out of 1 of 2 utterances is not a number, u7 say" in caplog.text
+        caplog.clear()
+    monkeypatch.setattr(predictions, "collect", lambda *_, **__: [good, good])
+    assert training.assess(run, None, 2)["dev/js"] == 0
+    assert scored == [(2, 0.0)]
 
 
 # The real command on a model with damaged weights.
