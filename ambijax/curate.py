@@ -114,6 +114,8 @@ def check(config: ConfigDict) -> None:
     need(c.calls.retries >= 0 and c.calls.timeout_s > 0, "calls.retries must be 0 or more, calls.timeout_s positive")
     for role in ("writer", "judge"):
         e = c[role]
+        # Not shown: it may be the key itself.
+        need(e.api_key_env.isidentifier(), f"{role}.api_key_env must be the name of an environment variable")
         need(is_url(e.base_url), f"{role}.base_url={e.base_url!r} must be an http(s) URL")
         need(e.rpm >= 1 and e.tpm >= 1, f"{role}.rpm and {role}.tpm must be at least 1")
         need(e.bytes_per_token > 0, f"{role}.bytes_per_token must be positive")
@@ -229,9 +231,7 @@ async def _work(
                 end = ends.exceptions[0]
             except* OSError as ends:  # a full disk
                 error = ends.exceptions[0]
-                end = ConfigError(
-                    f"a file cannot be read or written: {error.strerror or error}; mend that, start it again"
-                )
+                end = ConfigError(f"{error.filename or 'a file'}: {error.strerror or error}; mend that, start it again")
     return end
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -215,6 +216,7 @@ HOSTILE = {
     "cut by length": (_times(completion(GOLD, finish="length"), n=99), "rejected", "cut", 3),
     "no content": (_times(completion(None), n=99), "rejected", "format", 3),
     "bad format once": (_times(completion(BAD_FORMAT), n=1), "ok", "", 2),
+    "half a character": (_times(completion(BAD_FORMAT + "\ud83d"), n=1), "ok", "", 2),
     "bad format": (_times(completion(BAD_FORMAT), n=99), "rejected", "format", 3),
     "leak": (_times(completion(LEAK), n=99), "rejected", "leak", 3),
     "too long": (_times(completion(GOLD + " very" * 600), n=99), "rejected", "length", 3),
@@ -432,7 +434,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_written(go, monkeypatch: pyte
 
     def full(journal: ledger.Journal, record: dict, **how: bool) -> None:
         if Path(journal._file.name) == go.out and len(written) == 2:
-            raise OSError(28, "No space left on device")
+            raise OSError(28, "No space left on device", journal._file.name)
         append(journal, record, **how)
         if Path(journal._file.name) == go.out:
             written.append(record)
@@ -440,7 +442,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_written(go, monkeypatch: pyte
     monkeypatch.setattr(ledger.Journal, "append", full)
     with serving() as server:
         with pytest.raises(
-            ConfigError, match=r"No space left on device; mend that, start it again \(2 finished items are"
+            ConfigError, match=r"cot\.jsonl: No space left on device; mend that, start it again \(2 finished items are"
         ):
             go(5, server, concurrency=1)
         monkeypatch.setattr(ledger.Journal, "append", append)
@@ -460,6 +462,7 @@ def test_no_key_no_run(go, monkeypatch: pytest.MonkeyPatch) -> None:
     ("flag", "said"),
     [
         ("--config.techer=audio", "techer"),
+        (f"--config.writer.api_key_env={CANARY}", "writer.api_key_env must be the name of an environment variable"),
         ("--config.attempts=many", "attempts"),
         ("--config.attempts=0", "attempts=0"),
         ("--config.teacher=parrot", "teacher='parrot'"),
@@ -632,9 +635,26 @@ def test_a_cut_last_line_is_dropped_and_a_broken_one_named(tmp_path: Path) -> No
     journal.append({"a": 3})
     journal.close()
     assert path.read_bytes() == b'{"a": 1}\n{"a": 3}\n'
-    path.write_bytes(b'{"a": 1}\nx\n{"a": 2}\n')
-    with pytest.raises(DataError, match=r"x\.jsonl:2"):
-        ledger.Journal(path)
+    for broken in (b"x", b"[" * 100_000):
+        path.write_bytes(b'{"a": 1}\n' + broken + b'\n{"a": 2}\n')
+        with pytest.raises(DataError, match=r"x\.jsonl:2"):
+            ledger.Journal(path)
+
+
+def test_a_record_that_the_disk_does_not_take_leaves_nothing_of_itself(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    journal = ledger.Journal(path)
+    journal.append({"a": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, hard))
+    try:
+        with pytest.raises(OSError, match=re.escape(str(path))):
+            journal.append({"a": "x" * 100})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    journal.append({"a": 3})
+    journal.close()
+    assert path.read_bytes() == b'{"a": 1}\n{"a": 3}\n'
 
 
 def test_a_line_that_was_removed_from_the_ledger_costs_its_answer_alone(tmp_path: Path) -> None:
@@ -842,6 +862,7 @@ def test_malformed_rows_are_dropped_and_counted(go, clips: Path) -> None:
         row(3, "\n".join(reversed(GOLD.split("\n")))),  # out of order
         row(4, GOLD + "x" * 20_000),
         row(5, GOLD + "<|im_end|>"),
+        row(5, GOLD + "\ud83d"),  # half a character
         row(6, None),
         row(99, GOLD),
         "[1]",
@@ -853,7 +874,7 @@ def test_malformed_rows_are_dropped_and_counted(go, clips: Path) -> None:
     said = go(9, None, "--merge")
     assert [bool(u.cot) for u in manifest.read(go.root).utterances] == [True, *[False] * 7, True]
     assert "merged      2 reasonings" in said
-    assert "dropped     10" in said
+    assert "dropped     11" in said
     assert "for KL only 7" in said
 
 

@@ -44,11 +44,13 @@ _REFUSAL = re.compile(
 _OPENING = 300  # characters in which a refusal shows itself
 
 # Strings that a tokenizer could take for a control token.
+_HALF = re.compile("[\ud800-\udfff]")  # JSON can hold the half of a pair, UTF-8 cannot
 _CONTROL = re.compile(r"<\|.*?\|>|</?s>|\[/?INST\]")
 
 
 def plain(text: str) -> str:
-    """An answer without the markdown that models like to add to headings, and with one kind of line break."""
+    """An answer in whole characters, with one kind of line break, without the markdown that models add to headings."""
+    text = _HALF.sub("\N{REPLACEMENT CHARACTER}", text)
     text = "\n".join(text.splitlines())  # also U+2028 and the like
     text = re.sub(r"^```\w*$|^#+ *|\*\*", "", text, flags=re.MULTILINE)
     return text.strip()
@@ -76,6 +78,8 @@ def faults(text: str, transcript: str, labels: Sequence[str], max_chars: int) ->
         return [*found, f"length: {len(text)} characters, at most {max_chars} are allowed"]
     if control := _CONTROL.search(text):
         found.append(f"format: contains the control token {control.group()!r}")
+    if half := _HALF.search(text):
+        found.append(f"format: contains half a character, {half.group()!r}")
     names = "|".join(map(re.escape, labels))
     number = rf"\d+(?:\.\d+)?(?![.]?\d)(?!{_UNIT})"
     beside = re.compile(rf"\b(?:{names})\b\W{{0,3}}{number}|(?<![.\d])\d+ (?:{names})\b", re.IGNORECASE)  # "anger: 7"

@@ -43,7 +43,7 @@ class Journal:
     def __init__(self, path: Path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab")
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
         try:
@@ -60,11 +60,20 @@ class Journal:
         _sync_directory(path.parent)
 
     def append(self, record: Mapping[str, object], *, sync: bool = True) -> None:
-        """Adds one record. On return it survives the end of this process, and with `sync` that of the machine."""
-        self._file.write(_line(record))
-        self._file.flush()
-        if sync:
-            os.fsync(self._file.fileno())
+        """Adds one record. On return it survives the end of this process, and with `sync` that of the machine.
+
+        Raises:
+          OSError: names the file, which then ends with the record before.
+        """
+        size, waiting = os.fstat(self._file.fileno()).st_size, _line(record)
+        try:
+            while waiting:
+                waiting = waiting[self._file.write(waiting) :]
+            if sync:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(size)  # another record must not continue this line
+            raise OSError(error.errno, error.strerror, self._file.name) from None
 
     def close(self) -> None:
         self._file.close()
@@ -78,7 +87,7 @@ def read(path: Path) -> tuple[list[dict], int]:
     for number, line in enumerate(content[:whole].splitlines(), 1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             raise DataError(f"{path}:{number}: not a JSON object; repair or remove the line")
@@ -120,7 +129,8 @@ def _stands(record: Mapping[str, object], votes: Mapping[str, Mapping[str, float
 
 
 def _line(record: Mapping[str, object]) -> bytes:
-    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    # Half a character, which UTF-8 cannot hold, stays what it is in JSON: backslash, u and four digits.
+    return json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 def _sync_directory(path: Path) -> None:
