@@ -181,6 +181,26 @@ def test_parts_equal_the_whole_batch(vocabulary, algorithm, devices, parts):
 
 
 @pytest.mark.parametrize(
+    "algorithm", ["grpoz", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dpo", "grpo"))]
+)
+def test_a_sound_that_is_not_a_number_costs_its_update(vocabulary, algorithm):
+    """F43 with roll-outs: of one prompt nothing is a number, and not a bit of what is trained changes."""
+    setting = make(vocabulary, algorithm)
+    batch = batch_for(setting)
+    audio = np.array(batch.prompt.audio)
+    audio[1] = np.nan
+    batch = batch.replace(prompt=batch.prompt.replace(audio=audio))
+    with jax.set_mesh(setting.mesh):
+        parts, _, _ = algorithms.collect(setting, placed(setting), batch, jax.random.key(0))
+        step, state, frozen = descent(setting)
+        before = jax.tree.map(np.array, state.trained)
+        state, aux = step(state, frozen, parts, jax.random.key(1))
+    assert aux["skipped"] == 1
+    assert not np.isfinite(aux["loss"])
+    jax.tree.map(np.testing.assert_array_equal, before, state.trained)
+
+
+@pytest.mark.parametrize(
     ("algorithm", "devices", "accumulate", "sizes"),
     [
         ("sft", 1, 4, (1, 2)),
@@ -253,6 +273,15 @@ def log_probs(setting: Setting, variables: dict, completions: object, prompts: o
     return np.asarray(scores.logp, np.float64), np.asarray(scores.readout, np.float64)
 
 
+def gold_mask(setting: Setting, group: Group) -> np.ndarray:
+    """Which tokens of gold the cross entropy covers, [B, T]: all, but for the class word where the KL has it."""
+    mask = np.asarray(group.completions.mask)[:, -1].copy()
+    mask[3] = False  # the prompt without a chain of thought
+    if setting.config.loss.lambda_kl > 0:
+        mask[np.arange(len(mask)), np.asarray(group.completions.anchor)[:, -1] + 1] = False
+    return mask
+
+
 def expected_group_loss(setting: Setting, group: Group, before: dict, now: dict) -> np.ndarray:
     """Equation 7 with all its options, [B], for the policy `now` and a roll-out of the policy `before`."""
     c = setting.config
@@ -260,7 +289,9 @@ def expected_group_loss(setting: Setting, group: Group, before: dict, now: dict)
     old = log_probs(setting, before, group.completions, group.prompt)[0] if c.grpo.updates > 1 else logp
     ref = log_probs(setting, {"params": now["params"]}, group.completions, group.prompt)[0]
     a = np.asarray(group.advantages, np.float64)[..., None]
-    mask, rho = np.asarray(group.loss_mask), np.exp(logp - old)
+    mask, rho = np.asarray(group.completions.mask).copy(), np.exp(logp - old)
+    if c.algorithm == "grpoz":
+        mask[:, -1] = gold_mask(setting, group) & c.grpo.gold_in_loss
     token = -np.minimum(rho * a, np.clip(rho, 1 - c.grpo.eps_low, 1 + c.grpo.eps_high) * a)
     if c.grpo.gold_gamma > 0:
         token[:, -1] = (-a * np.exp(logp) / (np.exp(logp) + c.grpo.gold_gamma))[:, -1]
@@ -280,7 +311,7 @@ def expected_group_loss(setting: Setting, group: Group, before: dict, now: dict)
             kl = rel_entr(phat, q).sum(-1)
         else:
             kl = rel_entr(p, phat).sum(-1)
-        ce_mask = np.asarray(group.ce_mask[:, 0])
+        ce_mask = gold_mask(setting, group)
         ce = -np.where(ce_mask, logp[:, -1], 0).sum(-1) / np.maximum(ce_mask.sum(-1), 1)
         loss = loss + c.loss.lambda_kl * kl + c.grpo.gold_ce * ce
     return loss
@@ -339,6 +370,23 @@ def test_the_group_loss_is_equation_7(vocabulary, plain_loss, algorithm, changes
         assert np.abs(plain_loss(algorithm) - np.asarray(loss)).max() > 1e-4
 
 
+def test_a_mean_over_tokens_is_one_over_all_parts(vocabulary):
+    """No two parts are equally long, and none is divided by its own length."""
+    setting = make(
+        vocabulary, "grpo", data__batch_size=MANY, optim__accumulate=MANY // FEW, grpo__aggregate="token_mean"
+    )
+    before = placed(setting)
+    now = moved(before)
+    parts, _, _ = collect(setting)
+    sizes = [int(np.sum(part.loss_mask)) for part in parts]
+    assert len(set(sizes)) == len(parts) == 2
+    for part, size in zip(parts, sizes, strict=True):
+        with jax.set_mesh(setting.mesh):
+            loss, _ = algorithms.group_loss(setting, now, part, {})
+        alone = expected_group_loss(setting, part, before, now)
+        np.testing.assert_allclose(loss, alone * (size / FEW) / (sum(sizes) / MANY), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_what_is_measured_of_the_samples_leaves_gold_out(vocabulary, temperature):
     setting = make(vocabulary, "grpoz", grpo__updates=2, grpo__temperature=temperature, grpo__eps_low=0.01)
@@ -352,7 +400,7 @@ def test_what_is_measured_of_the_samples_leaves_gold_out(vocabulary, temperature
     logp = log_probs(setting, now, group.completions, group.prompt)[0]
     old = log_probs(setting, before, group.completions, group.prompt)[0]
     ref = log_probs(setting, {"params": now["params"]}, group.completions, group.prompt)[0]
-    mask, rho = np.asarray(group.loss_mask)[:, :3], np.exp(logp - old)
+    mask, rho = np.asarray(group.completions.mask)[:, :3], np.exp(logp - old)
 
     def mean(x: np.ndarray) -> np.ndarray:
         return np.where(mask, np.asarray(x)[:, :3], 0).sum((1, 2)) / mask.sum((1, 2))
