@@ -65,7 +65,7 @@ def read_record(directory: Path) -> dict:
         del record["sha256"]
     except FileNotFoundError:
         raise DamagedError("digest.json is missing") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise DamagedError("digest.json is unreadable") from None
     if text != _encode(record):
         raise DamagedError("digest.json is altered")

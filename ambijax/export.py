@@ -31,8 +31,6 @@ from ambijax.errors import ConfigError
 from ambijax.hugging_face import Parameter
 from ambijax.model.config import LoraConfig
 
-SUMS = "SHA256SUMS"
-
 
 def export(
     run: Path,
@@ -132,7 +130,7 @@ def _write_sums(directory: Path) -> None:
     for path in sorted(directory.iterdir()):
         with path.open("rb") as file:
             lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
-    (directory / SUMS).write_text("".join(lines))
+    (directory / peft.SUMS).write_text("".join(lines))
 
 
 def _token() -> str:

@@ -74,7 +74,10 @@ class Corpus:
 
 
 def write(corpus: Corpus) -> None:
-    """Writes `corpus.root/manifest.jsonl`, whole or not at all, and `corpus.json` about it."""
+    """Writes `corpus.root/manifest.jsonl`, whole or not at all, and `corpus.json` about it.
+
+    Whoever ends the process in between leaves a manifest with its own `corpus.json` or without one, never another's.
+    """
     corpus.root.mkdir(parents=True, exist_ok=True)
     elsewhere = corpus.audio_root is not None and corpus.audio_root.resolve() != corpus.root.resolve()
     about = {
@@ -83,8 +86,12 @@ def write(corpus: Corpus) -> None:
         "labels": list(corpus.labels),
     }
     lines = (json.dumps(dataclasses.asdict(utterance), ensure_ascii=False) for utterance in corpus.utterances)
-    replace(corpus.root / "corpus.json", json.dumps(about, ensure_ascii=False) + "\n")
+    told, path = json.dumps(about, ensure_ascii=False) + "\n", corpus.root / "corpus.json"
+    if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != told:
+        path.unlink(missing_ok=True)
     replace(corpus.root / "manifest.jsonl", "".join(f"{line}\n" for line in lines))
+    if not path.is_file():
+        replace(path, told)
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Utterance)}

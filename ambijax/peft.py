@@ -9,6 +9,7 @@ transformers 5 names modules in memory, loads under one of the two without a wor
 decoder's adapters are written; reading accepts both spellings.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -25,6 +26,7 @@ from ambijax.hugging_face import some
 from ambijax.model.config import LoraConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SUMS = "SHA256SUMS"  # beside what was exported
 
 _PREFIX = "base_model.model."
 # Our module -> theirs: 'language_model/layers/up_proj' -> 'language_model.model.layers.{}.mlp.up_proj'
@@ -127,7 +129,8 @@ def load(directory: str | Path, config: LoraConfig) -> dict:
       config: what the model is built with; rank and alpha must be the adapter's.
 
     Raises:
-      ConfigError: damaged, not finite, of another rank or alpha, or without a pair in some layer of a projection.
+      ConfigError: damaged, not finite, of another rank or alpha, without a pair in some layer of a projection, or not
+        what SHA256SUMS beside it says.
     """
     theirs, _ = describe(directory)
     if (theirs.rank, theirs.alpha) != (config.rank, config.alpha):
@@ -168,4 +171,15 @@ def load(directory: str | Path, config: LoraConfig) -> dict:
         raise ConfigError(f"{path} holds no adapter; copy it again")
     if tensors:
         raise ConfigError(f"{path}: {len(tensors)} tensors that this model has no place for ({some(tensors)})")
+    _check_sums(path.parent)
     return flax.traverse_util.unflatten_dict(lora, sep="/")
+
+
+def _check_sums(directory: Path) -> None:
+    sums = directory / SUMS
+    lines = sums.read_text(errors="replace").splitlines() if sums.is_file() else ()
+    told = {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
+    for file in (directory / CONFIG, directory / WEIGHTS):
+        if file.name in told and hashlib.sha256(file.read_bytes()).hexdigest() != told[file.name]:
+            advice = f"copy it again, or remove {sums} if it was changed on purpose"
+            raise ConfigError(f"{file} is not what was exported; {advice}")

@@ -14,6 +14,7 @@ import collections
 import csv
 import dataclasses
 import hashlib
+import io
 import os
 import warnings
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ambijax import audio, emotions, errors, lfs, manifest, metrics
+from ambijax import audio, emotions, errors, lfs, manifest, metrics, workdir
 from ambijax.corpora import cremad, iemocap, own
 from ambijax.corpora.release import Release
 from ambijax.emotions import soft_label
@@ -201,10 +202,9 @@ def _vote_defects(release: Release) -> dict[str, str]:
 
 
 def _write_bad_files(path: Path, rows: list[tuple[str, str, str]]) -> None:
-    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("id", "audio", "reason"))
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([("id", "audio", "reason"), *rows])
+    workdir.replace(path, text.getvalue().encode(errors="backslashreplace").decode())
 
 
 # The report ----------------------------------------------------------------------------------------------------------

@@ -280,6 +280,7 @@ DAMAGE = {
     "emptied": lambda file: os.truncate(file, 0),
     "removed": lambda file: file.unlink(),
     "overwritten": lambda file: file.write_bytes(b"\0" * file.stat().st_size),
+    "nested": lambda file: file.write_bytes(b"[" * 100_000),
 }
 
 

@@ -437,6 +437,13 @@ def rewrite(directory: Path, change) -> None:
     export.convert.save_file(tensors, path)
 
 
+def flip(directory: Path) -> None:
+    path = directory / "adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-4] ^= 1  # the last bit of the last number
+    path.write_bytes(data)
+
+
 UP = "base_model.model.language_model.model.layers.1.mlp.up_proj.lora_A.weight"
 
 
@@ -456,6 +463,7 @@ UP = "base_model.model.language_model.model.layers.1.mlp.up_proj.lora_A.weight"
         (lambda d: rewrite(d, lambda t: t[UP].fill(np.nan)), "up_proj holds NaN or infinity"),
         (lambda d: edit(d, r=None), "r=None and lora_alpha=16 must be numbers"),
         (lambda d: edit(d, r=4), r"r=4, lora_alpha=16 there, lora\.rank=8, lora\.alpha=16 here"),
+        (flip, r"adapter_model\.safetensors is not what was exported; copy it again"),
         (lambda d: (d / "adapter_model.safetensors").unlink(), r"adapter_model\.safetensors is missing"),
         (lambda d: os.truncate(d / "adapter_model.safetensors", 999), "is cut short or not safetensors"),
         (lambda d: rewrite(d, lambda t: t.pop(UP)), r"1 missing tensors \(language_model.*up_proj"),

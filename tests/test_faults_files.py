@@ -214,6 +214,9 @@ def test_the_watchdog_writes_all_stacks_and_says_so(tmp_path, caplog):
         time.sleep(0.1)
     assert "test_the_watchdog_writes_all_stacks" in (tmp_path / "stacks.txt").read_text()
     assert str(tmp_path / "stacks.txt") in caplog.records[0].getMessage()
+    (tmp_path / "link.txt").symlink_to(tmp_path / "stacks.txt")
+    with pytest.raises(OSError, match=r"link\.txt"):
+        Watchdog(tmp_path / "link.txt", 1000)
     with Watchdog(tmp_path / "quiet.txt", 1000) as dog:
         dog.feed()
     assert not (tmp_path / "quiet.txt").exists()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from ambijax import manifest
+from ambijax import manifest, workdir
 from ambijax.emotions import CREMAD, IEMOCAP, rename, shared_classes, soft_label
 from ambijax.errors import ConfigError, DataError
 from ambijax.manifest import Corpus, Utterance
@@ -54,6 +54,34 @@ def test_audio_may_lie_elsewhere(tmp_path):
 def test_audio_root_that_is_the_manifest_directory_is_not_recorded(tmp_path):
     manifest.write(Corpus(tmp_path, (Utterance(**ROW),), audio_root=tmp_path))
     assert manifest.read(tmp_path).audio_root is None
+
+
+def test_no_manifest_is_left_beside_what_is_said_of_another(tmp_path, monkeypatch):
+    """A kill between the two files."""
+    first = Corpus(tmp_path, (Utterance(**ROW),), description="one", labels=("anger", "neutral"))
+    manifest.write(first)
+    written = []
+
+    def killed_at(count: int) -> None:
+        def replace(path, text):
+            if len(written) == count:
+                raise KeyboardInterrupt
+            written.append(path.name)
+            workdir.replace(path, text)
+
+        written.clear()
+        monkeypatch.setattr(manifest, "replace", replace)
+
+    killed_at(1)
+    with pytest.raises(KeyboardInterrupt):
+        manifest.write(dataclasses.replace(first, description="two", labels=("fear", "neutral")))
+    assert written == ["manifest.jsonl"]
+    assert (manifest.read(tmp_path).description, manifest.read(tmp_path).labels) == ("", ())
+    killed_at(9)
+    manifest.write(first)
+    killed_at(1)
+    manifest.write(dataclasses.replace(first, utterances=(Utterance(**ROW | {"cot": "x"}),)))  # as --merge does
+    assert (manifest.read(tmp_path).description, written) == ("one", ["manifest.jsonl"])
 
 
 @pytest.mark.parametrize("about", ["[]", "{}", "{", '{"audio_root": 3, "description": ""}'])
