@@ -51,5 +51,5 @@ def get_config(corpus: str = "cremad") -> ConfigDict:
         # The tiny base is so certain of one label that L_KL starts at four nats. At weight 1 it drowns everything else
         # and one completion in ten loses the format (docs/log.md).
         c.loss.lambda_kl = 0.1
-        c.grpo.gold_ce = 1.0
+        c.grpo.gold_ce = 1.0  # the ratio of L_KL to cross entropy decides (docs/log.md)
     return c

@@ -34,6 +34,17 @@ def test_overrides_are_accepted_and_change_something(config, override, corpus):
     assert changed != plain
 
 
+@pytest.mark.parametrize("corpus", ["cremad", "tiny"])
+@pytest.mark.parametrize(
+    ("row", "gold_in_loss"), [("gold in the statistics alone", False), ("equation 7 to the letter", True)]
+)
+def test_what_a_row_says_gold_is_for_is_all_it_is_for(row, gold_in_loss, corpus):
+    override = re.search(rf"^\| {row} \| .* \| `(.*)` \|$", TEXT, re.MULTILINE)[1]
+    command = ["train", f"--config=configs/grpoz.py:{corpus}", "--workdir=runs/x", *shlex.split(override)]
+    config, _ = settings.parse(command)
+    assert (config.grpo.gold_in_loss, config.loss.lambda_kl, config.grpo.gold_ce) == (gold_in_loss, 0, 0)
+
+
 def test_a_run_that_is_evaluated_is_made_above():
     for run in re.findall(r"--run (\S+)", TEXT):
         assert f"--workdir {run} " in TEXT[: TEXT.index(f"--run {run}")]

@@ -508,6 +508,27 @@ def test_the_documented_program_prints_our_numbers(exported, tmp_path):
     assert_same_prediction(printed.getvalue(), exported, clip)
 
 
+@ignore_is_gradient
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_documented_program_reads_out_after_the_models_own_anchor(exported, tmp_path, monkeypatch):
+    """A model without chain of thought begins with it."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    about = json.loads((exported / "ambijax.json").read_text())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(trained.TINY)
+    clip = trained.wavs(tmp_path, (1.3,))[0]
+    for before in ("", "well.\n"):
+        written = tokenizer(f"{before}{about['anchor']} anger<|im_end|>", add_special_tokens=False).input_ids
+
+        def generate(model, *, input_ids, written=written, **_):
+            return torch.cat([input_ids, torch.tensor([written])], dim=1)
+
+        monkeypatch.setattr(transformers.Qwen2AudioForConditionalGeneration, "generate", generate)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(program(exported, clip), "docs/export.md", "exec"), {})
+        assert json.loads(printed.getvalue().splitlines()[-1])["reasoning"] == before + about["anchor"]
+
+
 LOGITS = """
 import sys, json, warnings
 import numpy as np, torch, peft, transformers

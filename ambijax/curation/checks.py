@@ -14,7 +14,8 @@ from ambijax.curation.ledger import Answer
 
 # Words that give away that the teacher knew the answer. The same word in the transcript is the speaker's own.
 _TELLS = re.compile(
-    r"\bannotat\w*|\braters?\b|\bratings?\b|\bevaluators?\b|\bvot(?:e|es|ed|ing|ers?)\b|\blabel\w*|\bground[- ]truth"
+    r"\bannotat\w*|\brespondents?\b|\bconsensus\b|\bparticipants? (?:agree|feel|felt|hear|judge|perceive|rate|think)"
+    r"|\braters?\b|\bratings?\b|\bevaluators?\b|\bvot(?:e|es|ed|ing|ers?)\b|\blabel\w*|\bground[- ]truth"
     r"|\bprobabilit\w+|\b(?:emotion(?:al)?|perception|target|given|soft) distribution|\bdistribution (?:of|over) "
     r"(?:the )?(?:emotion|perception|listener|opinion)s?|\b(?:given|provided|stated|target|known) "
     r"(?:perception|emotion|target|answer)|\b(?:majority|minority) (?:opinion|emotion|class|perception|view)"
@@ -24,15 +25,18 @@ _TELLS = re.compile(
 
 _WORD = r"(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)"
 _COUNT = rf"(?:\d+|{_WORD})"
+_SHARE, _AGAINST = r"(?:half|a third|a quarter|a fifth)", r"\s*(?:-|–|to|against)\s*"
+_PEOPLE = r"(?:listeners|people|persons|hearers|humans|observers|judges|participants)"
 # A decimal with a unit is a measurement, without one it reads as a share. Ranges such as "0.3 to 0.5 s" count as well.
 _UNIT = (
     r"(?:[\s-]*(?:to|–|-)\s*\d*\.?\d+)?[\s-]*(?:k?hz|db|m?s\b|m?sec|milli|semitone|syllable|word|octave|st\b|times\b)"
 )
 _NUMBERS = re.compile(
-    rf"(?<!\d)\d+(?:\.\d+)?\s*(?:%|per ?cent)|\b\d+\s*/\s*\d+"
-    rf"|\b{_COUNT} out of (?:the )?{_COUNT}\b|\b\d+ of (?:the )?{_COUNT}\b"
-    rf"|(?<![\d.])0?\.\d+(?!\d)(?!{_UNIT})|\b(?:one|two|three)[- ](?:third|quarter|fifth)s?\b"
-    rf"|\b{_COUNT} (?:listeners|people|persons|hearers|humans)\b",
+    rf"(?<!\d)\d+(?:\.\d+)?\s*%|\bper ?cent(?:age)?\b|\b\d+\s*/\s*\d+"
+    rf"|\b{_COUNT} out of (?:the )?{_COUNT}\b|\b\d+ of (?:the )?{_COUNT}\b|\b(?!one of){_COUNT} (?:of|in) {_COUNT}\b"
+    rf"|(?<![\d.])(?:0?\.\d+|1\.0+)(?!\d)(?!{_UNIT})|\b(?:one|two|three)[- ](?:third|quarter|fifth)s?\b"
+    rf"|\b{_COUNT} {_PEOPLE}\b|\b{_SHARE} (?:of )?(?:all |the |those )*(?:{_PEOPLE}|them|hears?|heard)\b"
+    rf"|\b{_COUNT}{_AGAINST}{_COUNT} (?:split|majority|margin)\b|\bsplit {_COUNT}{_AGAINST}{_COUNT}\b",
     re.IGNORECASE,
 )
 
