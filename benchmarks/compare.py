@@ -34,8 +34,8 @@ from benchmarks import shapes, table  # noqa: E402
 from benchmarks.shapes import Shape  # noqa: E402
 
 ROWS = (
-    *("matrix", "products", "read", "logits", "features", "tower", "readout", "sft", "sft_live"),
-    *("sft_mixed", "sft_mixed_padded", "dpo", "rollout", "grpoz"),
+    *("matrix", "products", "attention", "read", "logits", "features", "tower", "readout", "sft"),
+    *("sft_live", "sft_mixed", "sft_mixed_padded", "dpo", "rollout", "grpoz"),
 )
 COMPARED = ("logits", "readout")  # rows whose outputs are held against each other
 AGREE = 2e-3  # largest difference of the two sides' logits in float32; bfloat16 rounds them to 8 bits

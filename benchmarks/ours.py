@@ -14,7 +14,7 @@ from ml_collections import FrozenConfigDict
 
 from ambijax import agent, algorithms, audio, compilation, convert, data, features, policy, sharding, update
 from ambijax.model import config as model_config
-from ambijax.model import qwen2_audio
+from ambijax.model import layers, qwen2_audio
 from ambijax.structs import Batch, Completions, Preferences, Prompt
 from benchmarks import shapes
 from benchmarks.shapes import VOCABULARY, Shape
@@ -174,6 +174,38 @@ def products(side: Side) -> Step:
     return step
 
 
+def attention(side: Side) -> Step:
+    """What completions attend to: forward of all samples at once, then of a gradient's prompts, gold too, and back.
+
+    One layer, counted as often as a step has it.
+    """
+    s = side.shape
+    draw = lambda *size: jax.random.normal(jax.random.key(0), (*size, s.hidden // s.heads), side.model.dtype)  # noqa: E731
+    causal, all_of_it = np.tril(np.ones((s.new_tokens, s.new_tokens), bool)), np.ones(s.prompt, bool)
+
+    def operands(prompts: int, completions: int) -> tuple[jax.Array, ...]:
+        shared, own = (prompts, s.heads, s.prompt), (prompts, s.heads, completions, s.new_tokens)
+        return draw(prompts, completions, s.new_tokens, s.heads), *(draw(*size) for size in (shared, shared, own, own))
+
+    def attend(q: jax.Array, k_prompt: jax.Array, v_prompt: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        prompt = layers.Segment(k_prompt, v_prompt, all_of_it[None, None, None])
+        return layers.attention(q, [prompt, layers.Segment(k, v, causal[None, None], causal=True)])
+
+    score, update = jax.jit(attend), jax.jit(jax.grad(lambda *given: attend(*given).sum(), argnums=range(5)))
+    samples, groups = operands(s.clips, s.samples), operands(s.together, s.samples + 1)
+
+    def step() -> dict[str, float]:
+        parts = {}
+        with clock(parts, "score"):
+            jax.block_until_ready(score(*samples))
+        with clock(parts, "update"):
+            jax.block_until_ready(update(*groups))
+        taken = {"score": s.layers * parts["score"], "update": s.layers * s.clips // s.together * parts["update"]}
+        return {"total": sum(taken.values()), **taken}
+
+    return step
+
+
 def read(side: Side) -> Step:
     x = jnp.ones(shapes.read_size(jax.default_backend() == "cpu"), jnp.float32)
     total = jax.jit(lambda x: x.sum(axis=1))
@@ -316,6 +348,7 @@ def grpoz_row(side: Side) -> Step:
 ROWS = {
     "matrix": matrix,
     "products": products,
+    "attention": attention,
     "read": read,
     "logits": logits,
     "features": features_row,

@@ -143,6 +143,38 @@ def products(side: Side) -> Step:
     return step
 
 
+def attention(side: Side) -> Step:
+    """Ours, by torch: to the prompt and to itself in two calls, whose results nothing puts together."""
+    s = side.shape
+    draw = lambda *size: torch.randn(  # noqa: E731
+        (*size, s.hidden // s.heads), dtype=getattr(torch, s.dtype), device=DEVICE, requires_grad=True
+    )
+
+    def operands(prompts: int, completions: int) -> list[torch.Tensor]:
+        rows = draw(prompts, s.heads, completions * s.new_tokens)
+        return [rows, *(draw(prompts, s.heads, s.prompt) for _ in "kv")] + [
+            draw(prompts * completions, s.heads, s.new_tokens) for _ in "qkv"
+        ]
+
+    def attend(*given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shared, own = given[:3], given[3:]
+        return F.scaled_dot_product_attention(*shared), F.scaled_dot_product_attention(*own, is_causal=True)
+
+    samples, groups = operands(s.clips, s.samples), operands(s.together, s.samples + 1)
+    by_out = [torch.ones_like(x) for x in (groups[0], groups[3])]
+
+    def step() -> dict[str, float]:
+        parts = {}
+        with clock(parts, "score"), torch.no_grad():
+            attend(*samples)
+        with clock(parts, "update"):
+            torch.autograd.grad(attend(*groups), groups, by_out)
+        taken = {"score": s.layers * parts["score"], "update": s.layers * s.clips // s.together * parts["update"]}
+        return {"total": sum(taken.values()), **taken}
+
+    return step
+
+
 def read(side: Side) -> Step:
     x = torch.ones(shapes.read_size(DEVICE.type == "cpu"), device=DEVICE)
     return lambda: (x.sum(1), wait())
@@ -312,6 +344,7 @@ def grpoz(side: Side) -> Step:
 ROWS = {
     "matrix": matrix,
     "products": products,
+    "attention": attention,
     "read": read,
     "logits": logits,
     "features": features_row,

@@ -205,6 +205,16 @@ def products(shape: Shape) -> collections.Counter[tuple[int, int, int]]:
     return +made
 
 
+def attention(shape: Shape) -> int:
+    """FLOP of a GRPOz step in what completions attend to, all of the prompt and themselves so far; not in decoding.
+
+    Two products forward, in score and again in the update, where gold comes in, and five for the gradient, of which one
+    makes the scores again: remat keeps none (arXiv 2205.14135).
+    """
+    pairs = shape.new_tokens * shape.prompt + shape.new_tokens * (shape.new_tokens + 1) // 2
+    return 2 * shape.hidden * shape.layers * shape.clips * pairs * (2 * shape.samples + 7 * (shape.samples + 1))
+
+
 def clips(shape: Shape, count: int) -> list[np.ndarray]:
     """Noise with a slow loudness contour, float32 [samples] each."""
     rng = np.random.default_rng(0)

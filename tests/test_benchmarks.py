@@ -95,5 +95,7 @@ def test_the_limit_of_grpoz_by_hand():
     back = 2 * (2 * 7 * 19 + 2 * 19 + 5 * 10 + 9)
     rest = 2 * (2 * 7 * 10 + 2 * 10 + 5 * 1) + 2 * (2 * 7 * 16 + 2 * 16 + 5 * 7 + 6)
     assert sum(2 * math.prod(size) * n for size, n in kept.items()) == forward + back + rest
+    # A completion's three tokens meet the prompt's ten and 1, 2 and 3 of their own; five products are the gradient's.
+    assert shapes.attention(shape) == 2 * (30 + 6) * (2 * 2 + (2 + 5) * 3)
     # Three tokens, each: eight weights, a key and a value of the prompt's ten and of half of the six to be written.
     assert table._bytes_of_decoding(shape) == 3 * 4 * (8 + 2 * (10 + 3))
