@@ -144,18 +144,23 @@ def identity(config: FrozenConfigDict) -> dict:
     Raises:
       ConfigError, DataError: the model or the corpus is missing or broken.
     """
+    return told(config) | {
+        "base": convert.digest(config.model.checkpoint),
+        "shape": dataclasses.asdict(model_config.load(config.model.checkpoint)),
+        "tokenizer": prompt.digest(config.model.checkpoint),
+        "corpus": manifest.digest(corpus(config)),
+    }
+
+
+def told(config: FrozenConfigDict) -> dict:
+    """The settings that must not change between the parts of a run."""
     kept = {key: value for key, value in config.to_dict().items() if key not in FREE}
     # Dev scores of other clips or measures are not to be compared.
     kept["eval"] = {key: config.eval[key] for key in ("max_clips", "dev_clips", "metric")}
     for section, name in (key.split(".") for key in rules.CUT):
         del kept[section][name]
     del kept["data"]["root"], kept["data"]["features"], kept["model"]["checkpoint"]  # they may move
-    return kept | {
-        "base": convert.digest(config.model.checkpoint),
-        "shape": dataclasses.asdict(model_config.load(config.model.checkpoint)),
-        "tokenizer": prompt.digest(config.model.checkpoint),
-        "corpus": manifest.digest(corpus(config)),
-    }
+    return kept
 
 
 def corpus(config: FrozenConfigDict) -> manifest.Corpus:

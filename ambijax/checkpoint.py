@@ -41,17 +41,31 @@ def check_meta(saved: dict, current: dict, where: Path) -> None:
     """Compares what a checkpoint was made with to what the run wants.
 
     Raises:
-      ConfigError: names every key that differs, with both values.
+      ConfigError: names what differs, with both values; of another algorithm's settings that alone.
     """
     current = json.loads(json.dumps(current))  # tuples become lists, as in the file
     saved, current = (flax.traverse_util.flatten_dict(tree, sep=".") for tree in (saved, current))
     saved = {key: value for key, value in rules.ADDED.items() if key in current} | saved  # of an earlier version
     saved, current = ({k: v for k, v in tree.items() if k not in rules.FREED} for tree in (saved, current))
     if keys := sorted(key for key in saved | current if saved.get(key) != current.get(key)):
+        shown = ["algorithm"] if "algorithm" in keys else keys
         both = "; ".join(
-            f"{key} is {saved.get(key)!r} in the checkpoint and {current.get(key)!r} in this run" for key in keys
+            f"{key} is {saved.get(key)!r} in the checkpoint and {current.get(key)!r} in this run" for key in shown
         )
         raise ConfigError(f"{where} does not fit: {both}; restore these values or choose another --workdir")
+
+
+def check_settings(directory: Path, settings: dict) -> None:
+    """`check_meta` of the newest checkpoint's settings alone, which reads neither arrays nor weights nor sounds.
+
+    Raises:
+      ConfigError: they differ.
+    """
+    for path in _steps(directory):
+        with contextlib.suppress(digest.DamagedError):
+            meta = digest.read_record(path)["meta"]
+            check_meta({key: meta[key] for key in meta.keys() & settings.keys()}, settings, path)
+            return
 
 
 class Checkpoints:

@@ -89,6 +89,8 @@ def _finished(run: Path, evaluation: str) -> tuple[list[dict], tuple[str, ...]]:
     """The records of a run's evaluation, and its classes, once it is sure that they are all there."""
     directory, again = run / "eval" / evaluation, f"python -m ambijax.evaluate --run {run}"
     records = predictions.read(directory)
+    if not run.is_dir():
+        raise ConfigError(f"no run directory {run}")
     if not records:
         raise DataError(f"no predictions in {directory}; {again}")
     try:

@@ -342,6 +342,7 @@ def main() -> None:
             f"no utterance of {options.root} has a vote on labels={tuple(config.labels)}; the votes there are on "
             f"{', '.join(corpus.classes())}; set --config.labels"
         )
+    manifest.assert_classes(corpus, config.labels)
     if options.merge:
         merge(corpus, out, config)
         return

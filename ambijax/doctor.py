@@ -64,7 +64,7 @@ def main() -> None:
     configured = any(argument.startswith("--config") for argument in sys.argv)
     if sys.argv[1:] and not configured:
         raise ConfigError(f"{sys.argv[1]} without --config checks nothing; {__doc__.splitlines()[2].strip()}")
-    for name, text in (machine() | {"tokenizer": tokenizer()} | corpora()).items():
+    for name, text in (machine() | {"tiny tokenizer": tokenizer()} | corpora()).items():
         print(f"{name:<18} {text}")
     if configured:
         argv = sys.argv if any(a.startswith("--workdir") for a in sys.argv) else [*sys.argv, "--workdir=."]

@@ -18,14 +18,14 @@ def classes(text: str) -> tuple[str, ...]:
     """Class words as a command line lists them.
 
     Raises:
-      ConfigError: an empty word, or one that stands twice.
+      ConfigError: fewer than two words, an empty one, one that stands twice, or another separator than a comma.
 
     >>> classes("anger, neutral")
     ('anger', 'neutral')
     """
     words = tuple(word.strip() for word in text.split(","))
-    if not all(words) or len(set(words)) < len(words):
-        raise ConfigError(f"class words must be distinct and not empty, separated by commas, not {text!r}")
+    if not all(words) or len(set(words)) < len(words) or len(words) < 2 or set(text) & set(";|()[]'\""):
+        raise ConfigError(f"class words must be two or more, distinct, separated by commas, as anger,sad; not {text!r}")
     return words
 
 

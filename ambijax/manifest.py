@@ -307,6 +307,13 @@ def digest(corpus: Corpus) -> str:
     return sha.hexdigest()
 
 
+def assert_classes(corpus: Corpus, labels: Sequence[str]) -> None:
+    """Raises DataError: its annotators could not choose one of these classes, by what `corpus.json` says."""
+    if strange := [label for label in labels if label not in corpus.labels] if corpus.labels else []:
+        there = f"nobody could choose {', '.join(strange)} there, the classes are {', '.join(corpus.labels)}"
+        raise DataError(f"{corpus.root}: {there}; set labels, or take the configuration of that corpus")
+
+
 def soft_labels(utterances: Iterable[Utterance], labels: Sequence[str]) -> np.ndarray:
     """The soft labels p, float32 [N, K]; a bad vote table names its utterance."""
     rows = []

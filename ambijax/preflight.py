@@ -36,6 +36,7 @@ def check(config: FrozenConfigDict, directory: Path, *, write: bool) -> Setting:
         lambda: convert.check(config.model.checkpoint),
         lambda: _check_disk(found[0], directory) if found else None,
         lambda: _check_start(config, directory),
+        lambda: checkpoint.check_settings(directory / "checkpoints", assemble.told(config)),
         lambda: assert_tracker_installed(config.tracker),
     )
     wrong = [error for step in steps if (error := _error(step))]
@@ -95,6 +96,7 @@ def check_reasoned(config: FrozenConfigDict, train: data.Dataset) -> None:
 
 def _check_votes(corpus: manifest.Corpus, parts: dict, labels: tuple[str, ...]) -> None:
     """Raises DataError: somebody's votes would be lost, to other classes or to a word that is spelled otherwise."""
+    manifest.assert_classes(corpus, labels)
     asked = [u for utterances in parts.values() for u in utterances]
     voted = {id(u) for u in manifest.voted(asked, labels)}
     if without := [u.id for u in asked if id(u) not in voted]:

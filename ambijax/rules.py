@@ -91,7 +91,7 @@ RULES = {
     "data.corpus": _one_of("manifest", "synthetic"),
     "data.like": _one_of(*synthetic.LIKE),
     "data.root": _PATH,
-    "data.labels": _list_of(_is_name, "class words", least=2),
+    "data.labels": _list_of(_is_name, "class words, as \"('anger','sadness')\"", least=2),
     "data.fold": _whole(0, 1000),
     "data.dev": _one_of("next_fold", "groups"),
     "data.batch_size": _whole(1, 2**16),

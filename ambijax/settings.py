@@ -81,7 +81,9 @@ def _read(argv: list[str]) -> tuple[ConfigDict | FrozenConfigDict, Path]:
         raise ConfigError(one_line(error)) from error
     except Exception as error:  # a config file is a program of the user's and may fail in any way
         text = one_line(error)  # of a section that is not there only its name
-        raise ConfigError(f"--config: {f'no section {text} in it' if text.isidentifier() else text}") from error
+        if text.isidentifier():
+            text = f"no section {text} in it; another algorithm's file has it"
+        raise ConfigError(f"--config: {text.removeprefix('ValueError: ')}") from error
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r:.{_SHOWN}}; {_USAGE}")
     workdir = Path(values.workdir)

@@ -122,8 +122,8 @@ def plan(everything: Sequence[Run], stated: dict[str, float]) -> str:
         hours += need
         disk += 0 if mine[0].elsewhere else len(left) * _disk(mine[0])
         pace = "?" if seconds is None else f"{seconds:.2f}"
-        name = f"{corpus} {row}"
-        lines.append(f"{name:<34}{len(mine):>6}{len(mine) - len(left):>6}{steps:>8}{pace:>10}{need:>12.1f}")
+        name, took = f"{corpus} {row}", "?" if seconds is None and left else f"{need:.1f}"
+        lines.append(f"{name:<34}{len(mine):>6}{len(mine) - len(left):>6}{steps:>8}{pace:>10}{took:>12}")
     lines.append(
         f"{'at least ' * (not known)}{hours:.1f} hours of training, one after another; evaluation comes on top"
         + "; --seconds_per_step ROW=S completes the rows marked ?" * (not known)
@@ -142,7 +142,8 @@ def _existing(path: Path) -> Path:
 def _disk(run: Run) -> int:
     """Bytes of a run's checkpoints."""
     config = run.config
-    assemble.corpus(config)  # that it is there, and a tokenizer beside the weights
+    if not preflight.is_to_be_written(config):
+        assemble.corpus(config)  # that it is there, and a tokenizer beside the weights
     prompt.load(config.model.checkpoint, config.data.labels)
     model = assemble.model(config, model_config.load(config.model.checkpoint))
     checkpoints = min(config.checkpoint.keep + 1, 1 + config.steps // config.checkpoint.every)
@@ -261,6 +262,8 @@ def main() -> None:
         print(plan(everything, stated), flush=True)
         if args.plan:
             return
+        for config in {run.config.data.root: run.config for run in everything}.values():
+            assemble.corpus(config)  # one that is to be written, once and not by several runs at a time
         failed = runs.execute(everything, args.jobs)
     args.out.mkdir(parents=True, exist_ok=True)
     (write_lab if args.lab else write_table)(args, experiments, everything)

@@ -30,7 +30,7 @@ def get_config(corpus: str) -> ConfigDict:
     c.model.cache = "float"  # int8: keys and values of a roll-out in about half the memory (docs/int8.md)
     # In float32 on one CPU device "xla" is kernels of our own (ambijax/model/cpu_kernels.py).
     c.model.attention = "xla"  # of tower and prompt; cudnn on GPUs, splash on TPUs: fused kernels, not measured yet
-    c.model.decoding = "xla"  # attention of roll-outs; triton on a GPU: one kernel a layer, no slot read in vain
+    c.model.decoding = "xla"  # attention of roll-outs; triton on a GPU: two kernels a layer, no slot read in vain
     # A layer keeps what its matrix products made, 2.7 MB a token at 7B, and computes norms, rope and softmax again: a
     # quarter less arithmetic in an update than "nothing_saveable", which keeps nothing and is what a full chip needs.
     c.model.remat = "products_saveable"
@@ -42,7 +42,7 @@ def get_config(corpus: str) -> ConfigDict:
     c.lora.audio_tower = False  # the tower is frozen, so that its output is computed once a clip
 
     # Product = number of devices; -1 takes what the others leave. Sampling and evaluation read every weight for every
-    # token: split by heads each chip reads its own, split by fsdp it would gather all of them first, in 60 times the
+    # token: split by heads each chip reads its own, split by fsdp it would gather all of them first, in 35 times the
     # time. An SFT update of eight prompts is faster split by heads, too (docs/scaling.md).
     c.mesh = ConfigDict()
     c.mesh.data = 1

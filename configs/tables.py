@@ -40,7 +40,7 @@ LAB = {
 LAB_SEEDS = 5
 # Settings of the lab by config file; what is not here is the file's own `tiny`. Every method sees the same 160 prompts
 # in the same order, in as many updates of the same learning rate: the one of `configs/sft.py:tiny`. Two cores set
-# their number: five seeds are 75 trainings.
+# their number: five seeds are 65 trainings.
 _LAB = {"steps": 40, "data.batch_size": 4, "optim.learning_rate": 2e-3, "checkpoint.every": 20}
 LAB_SETTINGS = {
     "sft": _LAB,

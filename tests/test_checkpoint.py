@@ -440,6 +440,11 @@ def test_check_meta_names_every_difference_with_both_values(tmp_path):
         assert f"{key} is" not in str(error.value)
 
 
+def test_of_another_algorithm_its_settings_are_not_listed(tmp_path):
+    with pytest.raises(ConfigError, match=r"fit: algorithm is 'sft' in the checkpoint and 'dpo' in this run; restore"):
+        check_meta(META | {"algorithm": "sft"}, META | {"algorithm": "dpo", "dpo": {"tau": 0.1}, "rank": 16}, tmp_path)
+
+
 def test_meta_is_compared_before_shapes(root):
     other = like(make_state(0)).replace(step=jax.ShapeDtypeStruct((2,), jnp.int32))
     with Checkpoints(root, 10) as checkpoints, pytest.raises(ConfigError, match=r"rank is 4 .* 8 in this run"):

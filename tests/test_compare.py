@@ -127,6 +127,9 @@ def test_other_utterances_cannot_be_compared(tmp_path):
     a, b = (compare.read([tmp_path / name], "test") for name in "ab")
     with pytest.raises(DataError, match="2 stand in one alone, for one u0"):
         compare.differences([a, b], CONFIG)
+    with pytest.raises(ConfigError, match=r"no run directory .*c$"):
+        compare.read([tmp_path / "c"], "test")
+    (tmp_path / "c").mkdir()
     with pytest.raises(DataError, match="no predictions in"):
         compare.read([tmp_path / "c"], "test")
     with (tmp_path / "a/eval/test/predictions.jsonl").open("a") as file:

@@ -384,6 +384,22 @@ def test_the_doctor_says_what_is_here_and_no_key(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["ambijax.doctor", *arguments, "--config.mesh.data=3"])
     with pytest.raises(ConfigError, match="does not make 8 devices"):
         doctor.main()
+    with checkpoint.Checkpoints(tmp_path / "run" / "checkpoints", 1) as saved:
+        told = assemble.told(settings.parse(["t", *arguments, "--workdir=w"])[0])
+        saved.save(3, {"x": jnp.zeros(2)}, told | {"base": "not looked at"})
+    another = (f"--config={config.with_name('grpo.py')}:tiny", *arguments[1:])
+    for given, said in (
+        (
+            (*arguments, "--config.lora.rank=4"),
+            "step_00000003 does not fit: lora.rank is 8 in the checkpoint and 4 in this",
+        ),
+        (another, "step_00000003 does not fit: algorithm is 'sft' in the checkpoint and 'grpo' in this run; restore"),
+    ):
+        monkeypatch.setattr("sys.argv", ["ambijax.doctor", *given, f"--workdir={tmp_path / 'run'}"])
+        with pytest.raises(ConfigError, match=said):
+            doctor.main()
+    monkeypatch.setattr("sys.argv", ["ambijax.doctor", *arguments, f"--workdir={tmp_path / 'run'}"])
+    doctor.main()
     missing = ("--config.init_from=nowhere", "--config.tracker=trackio")
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr("sys.argv", ["ambijax.doctor", *arguments, *missing])
@@ -424,10 +440,24 @@ def test_a_checkpoint_is_no_run(tmp_path):
         ),
     ],
 )
-def test_votes_that_would_be_lost_are_named_before_any_weight_is_read(labels, message, tmp_path):
+def test_votes_that_would_be_lost_are_named_before_any_weight_is_read(labels, message, tmp_path, monkeypatch):
     votes = [{"anger": 2}, {"anger": 1, "neutral": 2}, {"anger": 1, "neutral": 3}]
     people = [manifest.Utterance(f"u{i}", f"{i}.wav", "", f"s{i}", i, v) for i, v in enumerate(votes)]
     manifest.write(manifest.Corpus(tmp_path, tuple(people)))
     argv = ["t", "--config=configs/sft.py:cremad", "--workdir=w", f"--config.data.root={tmp_path}"]
     with pytest.raises(DataError, match=message):
         preflight.check_corpus(settings.parse([*argv, f"--config.data.labels={labels}"])[0], write=False)
+    # Where the corpus says what could be chosen, a class beyond that is another corpus' configuration.
+    manifest.write(manifest.Corpus(tmp_path, tuple(people), labels=("anger", "neutral", "sadness")))
+    said = "nobody could choose happiness, disgust, fear there, the classes are anger, neutral, sadness; set labels, or"
+    with pytest.raises(DataError, match=said):
+        preflight.check_corpus(settings.parse(argv)[0], write=False)
+    arguments = [
+        "--config=configs/curate.py:cremad",
+        f"--manifest={tmp_path}",
+        f"--out={tmp_path / 'o.jsonl'}",
+        "--dry_run",
+    ]
+    monkeypatch.setattr("sys.argv", ["curate", *arguments])
+    with pytest.raises(DataError, match=said):
+        curate.main()

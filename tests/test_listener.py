@@ -325,7 +325,13 @@ def test_mistakes_get_one_line(run, clips, tmp_path, monkeypatch, capsys):
         (["--model", tmp_path, broken], "broken.wav: not a readable sound file"),  # said before a model is looked for
         (["--model", tmp_path, "no.wav", broken], "no.wav: no such file; nor can any of the other 1 be heard"),
         (["--model", run, tmp_path / "sub"], "no sound file there"),
-        (["--model", run, clips[0], "--labels", "anger,,fear"], "class words must be distinct and not empty"),
+        *(
+            (
+                ["--model", run, clips[0], "--labels", given],
+                "class words must be two or more, distinct, separated by commas",
+            )
+            for given in ("anger,,fear", "anger,anger", "anger", "anger;fear", "('anger','fear')")
+        ),
         (["--model", run, clips[0], "--transcript", "caf\udce9"], "holds half a character"),
     ):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))

@@ -342,8 +342,8 @@ def test_a_filter_that_leaves_nothing_is_named(tmp_path):
     ("flags", "message"),
     [
         ({"labels": "anger,neutrall"}, "no vote on the class neutrall; votes are on anger, neutral"),
-        ({"labels": "anger,anger"}, "must be distinct"),
-        ({"labels": "anger,"}, "must be distinct and not empty"),
+        ({"labels": "anger,anger"}, "must be two or more, distinct"),
+        ({"labels": "anger,"}, "must be two or more, distinct, separated by commas"),
         ({"rename": "angr:happiness"}, "no vote on the word to rename angr; votes are on anger, neutral"),
     ],
 )

@@ -109,10 +109,13 @@ def test_every_setting_of_the_tables_is_one(tmp_path):
 
 
 def test_the_plan_adds_up(tmp_path):
-    text = tables.plan(tables.all_runs(EXPERIMENTS, wanted(tmp_path)), {"SFT": 2.0, "DPO": 3.0, "GRPO": 6.0})
+    root = tmp_path / "corpus"
+    wants = wanted(tmp_path, overrides=[f"--config.data.root={root}"])
+    text = tables.plan(tables.all_runs(EXPERIMENTS, wants), {"SFT": 2.0, "DPO": 3.0, "GRPO": 6.0})
+    assert not root.exists()  # it only plans
     hours = (120 * 2 + 60 * 3 + 70 * 6) * 4 / 3600  # steps x seconds x (folds x seeds)
     assert f"at least {hours:.1f} hours" in text
-    assert re.search(r"tiny GRPOz +4 +0 +70 +\? ", text)
+    assert re.search(r"tiny GRPOz +4 +0 +70 +\? +\?$", text, re.MULTILINE)
     assert re.search(r"tiny base +4 +0 +0 +0.00 +0.0", text)
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -62,6 +63,18 @@ def test_a_run_stopped_in_any_phase_ends_as_if_undisturbed(phases, grpoz, corpus
     code, out, err = run(*command)
     assert code == 0, err
     assert "resumed" in out
+    assert_same_run(grpoz[0], workdir)
+
+
+def test_a_run_goes_on_from_the_middle_bit_for_bit(grpoz, corpus, tmp_path):
+    """F06, every day: what a kill after step 2 would have left; every other moment is in the slow tests."""
+    workdir = tmp_path / "run"
+    shutil.copytree(grpoz[0], workdir)
+    for newer in ("checkpoints/step_00000004", "eval"):
+        shutil.rmtree(workdir / newer)
+    code, out, err = run(*train(workdir, corpus, "grpoz", *HOW))
+    assert code == 0, err
+    assert f"resumed {workdir} at step 2" in out
     assert_same_run(grpoz[0], workdir)
 
 

@@ -139,7 +139,8 @@ def load(directory: str | Path) -> Qwen2AudioConfig:
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise ConfigError(f"no model at {directory}: {path} does not exist")
+        get = "`hf download Qwen/Qwen2-Audio-7B-Instruct --local-dir DIR` makes such a directory"
+        raise ConfigError(f"no model at {directory}: {path} does not exist; {get}")
     try:
         return from_dict(json.loads(path.read_text()))
     except (json.JSONDecodeError, RecursionError) as error:
