@@ -75,9 +75,8 @@ def load(path: str | Path) -> np.ndarray:
             samples = file.read(limit, dtype="float32", always_2d=True)
             declared = min(file.frames, limit)
     except (OSError, soundfile.SoundFileError, TypeError) as error:  # TypeError: *.raw means headerless to soundfile
-        why = (
-            getattr(error, "error_string", None) or getattr(error, "strerror", None) or error
-        )  # without the path again
+        # libsndfile's and the system's own words, without the path once more.
+        why = getattr(error, "error_string", None) or getattr(error, "strerror", None) or error
         raise DataError(f"{path}: not a readable sound file, its header or data is corrupt ({why})") from None
     if len(samples) < declared:
         raise DataError(f"{path}: truncated, {len(samples)} of {file.frames} frames are there; copy it again")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from absl import logging
 
+from ambijax.errors import ConfigError
+
 
 class Watchdog:
     """Fed once a step.
@@ -17,10 +19,17 @@ class Watchdog:
     """
 
     def __init__(self, path: Path, seconds: float) -> None:
-        """`path` is appended to, and removed at the end when nothing was written; 0 seconds is no watchdog."""
+        """`path` is appended to, and removed at the end when nothing was written; 0 seconds is no watchdog.
+
+        Raises:
+          ConfigError: it cannot be written, or is a link.
+        """
         self._path, self._seconds = path, seconds
         how = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # the run may be somebody else's
-        self._file = os.fdopen(os.open(path, how, 0o666), "a")
+        try:
+            self._file = os.fdopen(os.open(path, how, 0o666), "a")
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror}; remove it") from None
         self._timer: threading.Timer | None = None
 
     def feed(self) -> None:

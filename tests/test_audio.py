@@ -255,6 +255,7 @@ def test_bad_files_are_named_in_one_line(tmp_path, name):
     write(path)
     with pytest.raises(DataError, match=message) as caught:
         audio.load(path)
+    assert str(caught.value).count("clip.wav") == 1
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
