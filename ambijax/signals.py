@@ -40,6 +40,15 @@ def catch() -> None:
         threading.Thread(target=_listen, args=(read,), name=_listen.__name__, daemon=True).start()
 
 
+def done() -> None:
+    """All is done and on the disk: no signal makes a failure of it while the interpreter ends.
+
+    Which gives a caught signal back to the system, and with it the exit code of a killed process.
+    """
+    for number in CAUGHT:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def share(linger: float) -> None:
     """In a cluster jax hears SIGTERM and tells all processes, whoever got it; each of them then calls `ask`.
 

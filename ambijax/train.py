@@ -261,3 +261,4 @@ def _alone(config: FrozenConfigDict, directory: Path) -> Iterator[None]:
 
 if __name__ == "__main__":
     errors.run(main)
+    signals.done()

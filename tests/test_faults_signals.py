@@ -4,6 +4,8 @@ In every phase of a run: test_train.py. With kill -9, at random moments and for 
 """
 
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -23,6 +25,22 @@ def test_a_second_signal_leaves_at_once(tmp_path, corpus):
     code, err, _ = interrupt(command, logged(workdir, 1), signal.SIGINT, signal.SIGTERM)  # two of a kind may become one
     assert code == 75, err
     only_message(err)
+
+
+LAST = """
+import os, signal
+from ambijax import signals
+class Last:
+    def __del__(self, kill=os.kill, me=os.getpid(), number=signal.SIGTERM):
+        kill(me, number)  # when the interpreter has given signals back
+last = Last()
+signals.catch()
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("", -signal.SIGTERM), ("signals.done()", 0)])
+def test_a_signal_after_the_end_is_no_failure(end, code):
+    assert subprocess.run([sys.executable, "-c", LAST + end], check=False).returncode == code
 
 
 @pytest.mark.slow
