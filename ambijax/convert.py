@@ -30,7 +30,6 @@ import numpy as np
 import orbax.checkpoint
 import tensorstore
 import tqdm
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ambijax import errors, hugging_face, workdir
@@ -146,11 +145,8 @@ def digest(directory: str | Path) -> str:
 
 def _tensor_digest(key: str, tensor: Tensor) -> str:
     sha = hashlib.sha256(f"{key} {tensor.dtype} {tensor.shape}".encode())
-    rows = max(1, _FILE // (DTYPES[tensor.dtype].itemsize * math.prod(tensor.shape[1:])))
-    with safe_open(tensor.file, "numpy") as file:
-        values = file.get_slice(tensor.key)
-        for row in range(0, tensor.shape[0], rows):
-            sha.update(np.ascontiguousarray(values[row : min(row + rows, tensor.shape[0])]).view(np.uint8))
+    for block in hugging_face.blocks(tensor):
+        sha.update(np.ascontiguousarray(block).view(np.uint8))
     return sha.hexdigest()
 
 

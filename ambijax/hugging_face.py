@@ -282,12 +282,16 @@ def _read_rows(tensor: Tensor, rows: slice, window: Sequence[slice]) -> np.ndarr
         return file.get_slice(tensor.key)[(rows, *window[1:])]
 
 
+def blocks(tensor: Tensor) -> Iterator[np.ndarray]:
+    """All of a tensor, some rows at a time."""
+    everything = [slice(None)] * len(tensor.shape)
+    return (_read_rows(tensor, rows, everything) for rows in _rows(tensor, everything))
+
+
 def _equal(a: Tensor, b: Tensor) -> bool:
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    everything = [slice(None)] * len(a.shape)
-    pairs = ((_read_rows(z, rows, everything) for z in (a, b)) for rows in _rows(a, everything))
-    return all(np.array_equal(*pair) for pair in pairs)
+    return all(np.array_equal(*pair) for pair in zip(blocks(a), blocks(b), strict=True))
 
 
 def read(parameter: Parameter, sources: Sequence[Tensor], index: Sequence[slice], dtype: np.dtype) -> np.ndarray:

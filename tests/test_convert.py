@@ -331,6 +331,7 @@ import re, sys
 import jax
 from pathlib import Path
 from ambijax import convert, hugging_face
+from ambijax.model.compiled import kernels  # which a model with wide heads asks for, and a small one does not
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
