@@ -44,8 +44,8 @@ def test_a_release_and_weights_are_all_it_takes(tmp_path):
     release, data, out = tmp_path / "IEMOCAP_full_release", tmp_path / "iemocap", tmp_path / "tables"
     miniature.iemocap(release, order, codes)
     finish(start("ambijax.prepare", "--corpus=iemocap", f"--root={release}", f"--out={data}"))
-    curate = ["ambijax.curate", "--config=configs/curate.py:iemocap", f"--manifest={data}", f"--out={tmp_path / 'cot.jsonl'}"]
-    curate.append("--config.teacher=template")
+    curate = ["ambijax.curate", "--config=configs/curate.py:iemocap", "--config.teacher=template"]
+    curate += [f"--manifest={data}", f"--out={tmp_path / 'cot.jsonl'}"]
     finish(start(*curate))
     finish(start(*curate, "--merge"))
     command = ["ambijax.tables", "--table=2", "--corpus=iemocap", "--folds=2", f"--out={out}", *TINY]
