@@ -1,5 +1,6 @@
 """Evaluation of the tiny model: batching, resuming, sampling, controls, calibration, slices, another corpus."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -447,6 +448,8 @@ def test_sounds_are_looked_for_before_weights_are_read(tmp_path, monkeypatch):
     argv = ["x", "--config=configs/sft.py:tiny", "--workdir=unused", f"--config.data.root={tmp_path / 'own'}"]
     settings.save(settings.parse([*argv, "--config.data.corpus=manifest"])[0], tmp_path)
     monkeypatch.setattr(assemble, "base", lambda *_: pytest.fail("reads the weights"))
+    monkeypatch.setattr(evaluate.hosts, "cluster", lambda **_: contextlib.nullcontext())  # jax runs here already
+    monkeypatch.setattr(evaluate.compilation, "keep", lambda: None)
     monkeypatch.setattr(sys, "argv", ["evaluate", f"--run={tmp_path}", f"--corpus={tmp_path / 'other'}"])
     with pytest.raises(DataError, match=r"^2 of 2 sounds in .*other are missing, such as .*other/0\.wav$"):
         evaluate.main()
