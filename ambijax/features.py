@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
+import llvmlite.binding
 import numpy as np
 import tqdm
 from jax.sharding import Mesh
@@ -179,7 +180,7 @@ def _outputs(
 
 def _origin(model: Qwen2Audio, params: dict, mesh: Mesh) -> str:
     """The digest of all that a tower output depends on to the last bit, the clip and its window aside: weights, shape,
-    precision, code, libraries and devices."""
+    precision, code, libraries, devices and the processor, which makes the log-mel."""
     modules = (audio, kernels, cpu_kernels, layers, encoder, qwen2_audio, sys.modules[__name__])
     libraries = ("jax", "jaxlib", "flax", "numpy", "numba", "llvmlite", "scipy", "soxr")
     about = {
@@ -189,6 +190,7 @@ def _origin(model: Qwen2Audio, params: dict, mesh: Mesh) -> str:
         "dtype": str(np.dtype(model.dtype)),
         "mesh": dict(mesh.shape),
         "devices": mesh.devices.flat[0].device_kind,
+        "processor": llvmlite.binding.get_host_cpu_name(),
         "code": [compiled.SOURCES, *(hashlib.sha256(Path(m.__file__).read_bytes()).hexdigest() for m in modules)],
         "versions": [importlib.metadata.version(name) for name in libraries],
     }

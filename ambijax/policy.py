@@ -135,7 +135,7 @@ class _Decoding(NamedTuple):
 
     t: jax.Array
     hidden: jax.Array  # [B, G, D] predicts token t
-    own: Past  # each completion's tokens, L arrays [B, K, G, N, D]; slots < t are written
+    own: Past  # of each completion's tokens; slots < t are written
     recent: jax.Array  # [B, G, 1 + anchor length] the last tokens, to spot the anchor
     anchor: jax.Array  # [B, G] position of the anchor's last token, -1 before
     done: jax.Array  # [B, G]

@@ -108,5 +108,6 @@ def _centred(rewards: np.ndarray) -> np.ndarray:
     present = ~np.isnan(rewards)
     total = np.sum(np.where(present, rewards, 0), axis=1, keepdims=True)
     mean = total / np.maximum(np.sum(present, axis=1, keepdims=True), 1)
-    low, high = (how(np.where(present, rewards, mean), axis=1, keepdims=True) for how in (np.min, np.max))
+    low = np.min(np.where(present, rewards, np.inf), axis=1, keepdims=True)
+    high = np.max(np.where(present, rewards, -np.inf), axis=1, keepdims=True)
     return np.where(present & (low < high), rewards - mean, 0)  # equal rewards differ from their mean by rounding

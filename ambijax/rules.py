@@ -27,7 +27,8 @@ def _whole(least: int, most: int = 10**8) -> Rule:
 
 
 def _real(least: float, most: float = 1e6) -> Rule:
-    return Rule(lambda v: type(v) in (int, float) and least <= v <= most, f"a number from {least:g} to {most:g}")
+    what = f"a number from {least:.15g} to {most:.15g}"
+    return Rule(lambda v: type(v) in (int, float) and least <= v <= most, what)
 
 
 def _one_of(*names: str) -> Rule:
@@ -46,9 +47,12 @@ def _is_name(value: object) -> bool:
 
 
 def _is_pattern(value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    collection, _, rest = value.partition("/")
     try:
-        return bool(re.compile(value)) and value.startswith(("lora/", "params/"))
-    except (re.error, TypeError, RecursionError):
+        return collection in ("lora", "params") and bool(re.compile(f"/(?:{rest})"))  # as `optim.labels` compiles it
+    except (re.error, OverflowError, RecursionError):
         return False
 
 
@@ -109,7 +113,7 @@ RULES = {
     "optim.warmup": _real(0, 0.99),  # a fraction of the steps
     "optim.b1": _real(0, 1 - _POSITIVE),
     "optim.b2": _real(0, 1 - _POSITIVE),
-    "optim.eps": _real(0, 1),
+    "optim.eps": _real(_POSITIVE, 1),  # with 0, A's first update is 0 / 0: B starts as 0 and gives it no gradient
     "optim.weight_decay": _real(0),
     "optim.clip": _real(_POSITIVE),
     "optim.accumulate": _whole(1, 2**16),

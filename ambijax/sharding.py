@@ -69,9 +69,9 @@ def _nearest_meshes(shape: list[int], count: int) -> str:
     """What to set instead: for each axis the value that would fit the other two, else how to leave it open."""
     fits = []
     for i, axis in enumerate(AXES):
-        others = math.prod(n for j, n in enumerate(shape) if j != i)
-        if others > 0 and count % others == 0:
-            fits.append(f"mesh.{axis}={count // others}")
+        others = shape[:i] + shape[i + 1 :]
+        if min(others) > 0 and count % math.prod(others) == 0:
+            fits.append(f"mesh.{axis}={count // math.prod(others)}")
     ways = [*fits, f"-1 for one of them and divisors of {count} for the others"]
     return "try " + " or ".join(ways)
 
@@ -162,7 +162,12 @@ def micro_batch(x: jax.Array, i: jax.Array, each: int) -> jax.Array:
     size = x.shape[1] // each
     start = (i // each, 0, i % each, *[0] * (x.ndim - 2))
     rows = x.reshape(len(x), size, each, *x.shape[2:])
-    return constrain_batch(jax.lax.dynamic_slice(rows, start, (1, size, 1, *x.shape[2:])).reshape(size, *x.shape[2:]))
+    taken = jax.lax.dynamic_slice(rows, start, (1, size, 1, *x.shape[2:])).reshape(size, *x.shape[2:])
+    if jax.sharding.get_abstract_mesh().empty:
+        return taken
+    # The other axes stay as they are: what a roll-out kept is split over its features, too.
+    rest = [PartitionSpec.UNCONSTRAINED] * (taken.ndim - 1)
+    return jax.lax.with_sharding_constraint(taken, PartitionSpec(*partition("batch"), *rest))
 
 
 def check(

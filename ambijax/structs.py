@@ -1,6 +1,6 @@
 """The values that flow through a step: frozen pytrees, every field with its shape.
 
-B prompts   G completions of one prompt   P prompt tokens   T completion tokens   K classes
+B prompts   G completions of one prompt, S of them sampled   P prompt tokens   T completion tokens   K classes
 M mel frames   F mel bins   A audio tokens   D hidden width
 """
 
@@ -76,10 +76,10 @@ class Group:
     tokens: Array  # float32 [B], all the same: tokens the surrogate covers a prompt, mean over the whole batch
     ce_mask: Array  # bool [B, 1, T], the gold tokens that plain cross entropy covers
     advantages: Array  # float32 [B, G]
-    logp_drawn: Array  # float32 [B, K, T], of those sampled, as the roll-out saw it, which decodes by other programs
+    logp_drawn: Array  # float32 [B, S, T], of those sampled, as the roll-out saw it, which decodes by other programs
     target: Array  # float32 [B, K]
     logp_old: Array | None = None  # float32 [B, G, T], under the policy that sampled, where several updates follow
-    logp_ref: Array | None = None  # float32 [B, K, T], of those sampled under the reference, where that counts
+    logp_ref: Array | None = None  # float32 [B, S, T], of those sampled under the reference, where that counts
     known: Known | None = None  # what the layers made of prompts and of those sampled, with grpo.keep_activations
 
 

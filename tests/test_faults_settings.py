@@ -38,6 +38,7 @@ def said(*arguments: str, config: str = "grpoz") -> str:
         "optim.b2=1.0",
         "optim.clip=nan",
         "optim.eps=-1",
+        "optim.eps=0",
         "lora.rank=0",
         "lora.rank=1000000000",
         "lora.alpha=0",
@@ -94,7 +95,10 @@ def test_a_value_nobody_could_mean_is_named(argument):
         (f"data.batch_size={'9' * 5000}", "data.batch_size"),
         (f"model.dtype={'9' * 5000}", "model.dtype"),
         ("data.cot=maybe", "data.cot"),
-        *((f"optim.train=('{train}',)", "optim.train") for train in ("lora/(", ".*", "(lora)/.*")),
+        *(
+            (f"optim.train=('{train}',)", "optim.train")
+            for train in ("lora/(", "lora/*", "lora/a{99999999999}", ".*", "(lora)/.*")
+        ),
     ],
 )
 def test_an_unknown_key_or_a_wrong_type_is_one_line(argument, message):

@@ -116,6 +116,8 @@ def test_equal_rewards_have_no_advantage_also_where_their_mean_is_rounded():
     for reward, k in ((0.1, 3), (0.1, 6), (1.9, 7)):
         found = rewards.group_advantages(np.full((1, k), reward), None, **EXACT)
         np.testing.assert_array_equal(found, np.zeros((1, k)))
+        found = rewards.group_advantages(np.full((1, k), reward), np.array([np.nan]), **EXACT)  # a prompt without gold
+        np.testing.assert_array_equal(found, np.zeros((1, k + 1)))
 
 
 def test_group_std_by_hand():

@@ -183,6 +183,16 @@ def test_a_micro_batch_has_rows_of_every_device_and_none_moves(shape):
     assert all(x.sharding.is_equivalent_to(NamedSharding(mesh, sharding.partition("batch")), 1) for x in found)
 
 
+def test_a_micro_batch_leaves_features_where_they_are():
+    mesh, spec = _mesh((2, 2, 2)), (None, ("data", "fsdp"), None, "tensor")
+    kept = jax.device_put(jnp.zeros((1, 8, 3, 4)), NamedSharding(mesh, PartitionSpec(*spec)))
+    with jax.set_mesh(mesh):
+        of_two = jax.jit(lambda x, i: sharding.micro_batch(x, i, 2)).lower(kept, 0).compile()
+        found = of_two(kept, 1)
+    assert cost.Compiled(of_two.as_text()).collectives() == []
+    assert found.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(*spec[1:])), 3)
+
+
 def test_a_mesh_that_is_not_the_devices_is_refused():
     with pytest.raises(ConfigError, match=r"mesh.data=3 x mesh.fsdp=1 x mesh.tensor=1 does not make 8 devices"):
         sharding.make_mesh(3, 1, 1)
@@ -192,6 +202,8 @@ def test_a_mesh_that_is_not_the_devices_is_refused():
         sharding.make_mesh(-1, -1, 1)
     with pytest.raises(ConfigError, match=r"try mesh.data=4 or mesh.fsdp=2 or"):
         sharding.make_mesh(2, 1, 2)
+    with pytest.raises(ConfigError, match=r"; try -1 for one of them"):  # and not what was given
+        sharding.make_mesh(-1, -1, 8)
     assert dict(sharding.make_mesh(-1, 2, 1).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
 
 
