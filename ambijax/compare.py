@@ -145,6 +145,8 @@ def differences(systems: Sequence[System], config: FrozenConfigDict) -> list[Dif
                 f"{first.name} was tested on one speaker, which gives no interval over speakers; set eval.cluster to "
                 "utterance in its config.json"
             )
+        if len(first.ids) < 2:
+            raise DataError(f"{first.name} was tested on one utterance, which gives no interval")
         how = {"seed": 0, "samples": e.resamples, "clusters": clusters}
         for measure, a in first.values.items():
             b = system.values[measure]

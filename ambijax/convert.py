@@ -47,6 +47,7 @@ _SIDE_FILES = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"),
     *("special_tokens_map.json", "chat_template.json", "chat_template.jinja"),
+    "ambijax.json",  # of a merged run: how it is asked
 )
 
 

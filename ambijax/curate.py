@@ -326,7 +326,7 @@ def merge(corpus: Corpus, out: Path, config: ConfigDict) -> None:
     if not cots:
         raise ConfigError(f"{out} has no reasoning for {corpus.root}{f' ({why})' if why else ''}; nothing was written")
     utterances = tuple(dataclasses.replace(u, cot=cots.get(u.id, u.cot)) for u in corpus.utterances)
-    manifest.write(dataclasses.replace(corpus, utterances=utterances))
+    manifest.write_utterances(dataclasses.replace(corpus, utterances=utterances))
     print(f"merged      {len(cots)} reasonings into {corpus.root / 'manifest.jsonl'}")
     print(f"dropped     {dropped.total()}{f' ({why})' if why else ''}")
     print(f"for KL only {sum(not u.cot for u in utterances)}")

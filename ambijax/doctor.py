@@ -6,6 +6,7 @@ Reads no weights, calls nobody and shows no key. Exits with 0 when training coul
 training would exit with: 2 configuration, 3 data.
 """
 
+import itertools
 import os
 import shutil
 import sys
@@ -42,7 +43,8 @@ def tokenizer() -> str:
 def corpora() -> dict[str, str]:
     """Every corpus below the usual directories, counted, or what is wrong with it."""
     found = {}
-    for path in sorted(path for parent in CORPORA for path in Path(parent).glob("*/manifest.*")):
+    manifests = (Path(parent).glob(f"*/manifest.{kind}") for parent in CORPORA for kind in ("jsonl", "csv"))
+    for path in sorted(itertools.chain(*manifests)):
         try:
             corpus = manifest.read(path)
             manifest.check_sounds(corpus)

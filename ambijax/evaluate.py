@@ -81,8 +81,8 @@ def summarise(records: list[dict]) -> dict[str, float]:
 
 
 def intervals(records: list[dict], config: FrozenConfigDict) -> dict[str, list[float]]:
-    """Bootstrap interval of each measure's mean, over utterances or over speakers as eval.cluster says; of one speaker
-    there is none."""
+    """Bootstrap interval of each measure's mean, over utterances or over speakers as eval.cluster says; of a single
+    one there is none."""
     values = metrics.per_utterance(*(np.array([r[key] for r in records]) for key in ("target", "readout")))
     speakers = np.array([r["speaker"] for r in records]) if config.eval.cluster == "speaker" else None
     how = {"seed": 0, "samples": config.eval.resamples, "level": config.eval.level, "clusters": speakers}
@@ -206,12 +206,12 @@ def main() -> None:
 def _answer(args: argparse.Namespace, config: FrozenConfigDict, asked: FrozenConfigDict, workdir: Path) -> None:
     """Evaluates, and prints the table."""
     compilation.keep()
-    if not args.run and hosts.is_main():
-        check_writable(workdir)
-        settings.save(config, workdir)
     _check_sounds(asked, args.split)
     if args.calibrate:
         _check_sounds(config, "dev")
+    if not args.run and hosts.is_main():
+        check_writable(workdir)
+        settings.save(config, workdir)
     setting = assemble.setting(config)
     with jax.set_mesh(setting.mesh):
         base = args.base or not args.run
@@ -252,6 +252,10 @@ def _settings(args: argparse.Namespace, rest: list[str]) -> tuple[FrozenConfigDi
         config, workdir = settings.parse([sys.argv[0], *rest, f"--config.model.checkpoint={args.checkpoint}"])
         if (workdir / "checkpoints").exists():
             raise ConfigError(f"{workdir} holds a trained run; choose another --workdir for {args.checkpoint}")
+        if (workdir / "config.json").is_file():
+            before = settings.load(workdir).model.checkpoint
+            if Path(before).resolve() != Path(args.checkpoint).resolve():
+                raise ConfigError(f"{workdir} holds results of {before}; choose another --workdir")
     if not args.corpus:
         return config, config, workdir
     corpus = manifest.read(args.corpus)

@@ -242,6 +242,8 @@ def load(
     model = Path(model)
     if isinstance(labels, str):
         raise ConfigError(f"labels must be a list of class words, not {labels!r}")
+    if labels is not None and (wrong := _out_of_bounds({"labels": tuple(labels)}, {"labels": "data.labels"})):
+        raise ConfigError(wrong)
     if peft.is_directory(model):
         return _load_peft(model, base, labels, checkpoint)
     if not (model / "config.json").is_file():

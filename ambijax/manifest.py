@@ -85,13 +85,18 @@ def write(corpus: Corpus) -> None:
         "audio_root": str(corpus.audio_root.resolve()) if elsewhere else "",
         "labels": list(corpus.labels),
     }
-    lines = (json.dumps(dataclasses.asdict(utterance), ensure_ascii=False) for utterance in corpus.utterances)
     told, path = json.dumps(about, ensure_ascii=False) + "\n", corpus.root / "corpus.json"
     if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != told:
         path.unlink(missing_ok=True)
-    replace(corpus.root / "manifest.jsonl", "".join(f"{line}\n" for line in lines))
+    write_utterances(corpus)
     if not path.is_file():
         replace(path, told)
+
+
+def write_utterances(corpus: Corpus) -> None:
+    """Writes `corpus.root/manifest.jsonl` alone, whole or not at all."""
+    lines = (json.dumps(dataclasses.asdict(utterance), ensure_ascii=False) for utterance in corpus.utterances)
+    replace(corpus.root / "manifest.jsonl", "".join(f"{line}\n" for line in lines))
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Utterance)}

@@ -22,6 +22,7 @@ import tqdm
 from ambijax import audio, compilation, emotions, errors, listener, listing
 from ambijax.errors import ConfigError, DataError
 from ambijax.listener import Model, Prediction
+from ambijax.workdir import check_writable
 
 BAR = 30  # characters of a full bar
 
@@ -135,6 +136,8 @@ def main() -> None:
         raise ConfigError(f"--out {args.out} must be a .csv or .jsonl file that does not exist yet")
     if args.out and not args.out.parent.is_dir():
         raise ConfigError(f"--out {args.out}: there is no directory {args.out.parent}")
+    if args.out:
+        check_writable(args.out.parent)
     columns = tuple(args.columns.split(",")) if args.columns else None
     if columns and len(columns) != 2:
         raise ConfigError(f"--columns={args.columns} must name two, of paths and of transcripts")

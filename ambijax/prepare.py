@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,6 +118,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.out = Path(args.out)
     if not args.root.is_dir():
         raise ConfigError(f"--root={args.root} is no directory")
+    try:
+        str(args.root.resolve()).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"--root={args.root} cannot be written down: its name is not UTF-8; rename it") from None
     return args
 
 
@@ -138,10 +143,14 @@ def _read(args: argparse.Namespace) -> Release:
 
 def _assert_nothing_lost(out: Path, release: Release) -> None:
     """Raises ConfigError: a manifest that is there has chains of thought, and the new one would not have them."""
+    if (out / "manifest.csv").is_file():
+        raise ConfigError(f"--out={out} holds a manifest.csv, and a corpus has one manifest; choose another --out")
     try:
         there = manifest.read(out) if (out / "manifest.jsonl").is_file() else None
-    except AmbijaxError:  # a broken one is worth writing anew
-        return
+    except AmbijaxError as error:
+        if re.search(rb'"cot": *"[^"]', (out / "manifest.jsonl").read_bytes()):
+            raise ConfigError(f"{error}; mend that or move the manifest away: it has chains of thought") from None
+        return  # a broken one without any is worth writing anew
     kept = {u.id: u.cot for u in release.utterances}
     if there and (lost := [u.id for u in there.utterances if u.cot and kept.get(u.id) != u.cot]):
         raise ConfigError(
@@ -184,7 +193,7 @@ def _decode(paths: dict[str, Path]) -> Audio:
         except (DataError, OSError) as error:
             found.bad[clip] = str(error).removeprefix(f"{path}: ")
             continue
-        found.seconds[clip] = soundfile.info(path).duration
+        found.seconds[clip] = soundfile.info(os.fsencode(path)).duration
         clips[hashlib.sha256(samples.tobytes()).digest()].append(clip)
     found.same = [ids for ids in clips.values() if len(ids) > 1]
     return found

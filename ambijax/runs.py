@@ -23,7 +23,7 @@ from ml_collections import FrozenConfigDict
 
 from ambijax import assemble, manifest, rules, settings
 from ambijax.errors import ConfigError, Preempted
-from ambijax.workdir import lock
+from ambijax.workdir import HeldError, lock
 
 ATTEMPTS = 3  # starts of one run; a resumed run goes on where it was
 POLL = 0.5  # s between looks at the running processes
@@ -183,7 +183,7 @@ def _held(directory: Path) -> bool:
     try:
         with lock(directory):
             return False
-    except ConfigError:
+    except HeldError:
         return True
 
 

@@ -30,7 +30,7 @@ def interval(
       clusters: speaker of each utterance [N]; None draws utterances.
 
     Returns:
-      (low, high); None of a single cluster, which says nothing about others.
+      (low, high); None of a single utterance or cluster, which says nothing about others.
     """
     values = _numbers(values)
     if clusters is None:
@@ -38,8 +38,8 @@ def interval(
     else:
         _, which = np.unique(np.asarray(clusters), return_inverse=True)
         sums, sizes = np.bincount(which, weights=values), np.bincount(which)
-        if len(sums) < 2:
-            return None
+    if len(sums) < 2:
+        return None
     rng = np.random.default_rng(seed)
     means = np.empty(samples)
     for i in range(samples):

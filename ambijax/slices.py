@@ -32,7 +32,7 @@ def slices(records: list[dict], *, seed: int, samples: int, level: float) -> dic
             rows = names == name
             means = {measure: float(each[rows].mean()) for measure, each in values.items()}
             spread = significance.interval(values["js"][rows], seed=seed, samples=samples, level=level)
-            found[kind][str(name)] = {"n": int(rows.sum()), **means, "js_interval": list(spread)}
+            found[kind][str(name)] = {"n": int(rows.sum()), **means, "js_interval": spread and list(spread)}
     return found
 
 
@@ -45,9 +45,9 @@ def table(found: dict[str, dict[str, dict]]) -> str:
     for kind, parts in found.items():
         lines.append(kind)
         for name, s in parts.items():
-            low, high = s["js_interval"]
+            spread = "{:.3f} to {:.3f}".format(*s["js_interval"]) if s["js_interval"] else ""
             lines.append(
-                f"  {name:<{width - 2}}{s['n']:>8}{s['js']:>8.3f}{f'{low:.3f} to {high:.3f}':>16}"
+                f"  {name:<{width - 2}}{s['n']:>8}{s['js']:>8.3f}{spread:>16}"
                 f"{s['bc']:>8.3f}{s['r2']:>8.3f}{s['brier']:>9.3f}{s['accuracy']:>12.3f}"
             )
     return "\n".join(lines)

@@ -15,6 +15,10 @@ from absl import logging
 from ambijax.errors import ConfigError, DataError
 
 
+class HeldError(ConfigError):
+    """Another living process has the directory."""
+
+
 def check_writable(directory: Path) -> None:
     """Creates `directory` and writes a file into it, so that a read-only disk is found before any work is done."""
     try:
@@ -71,7 +75,8 @@ def lock(directory: Path, *, wait: bool = False) -> Iterator[None]:
       wait: until a living process that holds it lets go, and say so, instead of raising.
 
     Raises:
-      ConfigError: a living process holds it; names its pid and host.
+      HeldError: a living process holds it; names its pid and host.
+      ConfigError: it cannot be written to.
     """
     check_writable(directory)
     try:
@@ -86,7 +91,7 @@ def lock(directory: Path, *, wait: bool = False) -> Iterator[None]:
             file.seek(0)
             holder = file.read() or "another process"
             if not wait:
-                raise ConfigError(f"{directory} is in use by {holder}; stop it or choose another directory") from None
+                raise HeldError(f"{directory} is in use by {holder}; stop it or choose another directory") from None
             logging.warning("%s is in use by %s; waiting for it", directory, holder)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:  # a network disk without locks must still be able to train
@@ -103,7 +108,7 @@ def new_directory(out: Path, need: int) -> Iterator[Path]:
     """Yields a directory that becomes `out` when all is written, and goes when something fails."""
     if out.exists():
         raise ConfigError(f"{out} already exists; remove it or choose another name")
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(f".{out.name}.partial")
     try:
         with _claimed(partial):
             free = shutil.disk_usage(partial).free

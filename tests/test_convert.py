@@ -40,7 +40,8 @@ from tests.published import (
 def checkpoint(tmp_path_factory) -> Path:
     """A Hugging Face directory, read only."""
     directory = write(tmp_path_factory.mktemp("checkpoint") / "hf", random_tensors(TINY), shards=3)
-    (directory / "tokenizer.json").write_text("{}")
+    for name in ("tokenizer.json", "ambijax.json"):
+        (directory / name).write_text("{}")
     return directory
 
 
@@ -89,9 +90,9 @@ def _count(array: np.ndarray, numbers: list[int]) -> np.ndarray:
 def test_native_equals_hugging_face(checkpoint, native):
     assert_equal(load(native), load(checkpoint))
     assert_equal(load(native, "bfloat16"), load(checkpoint, "bfloat16"))
-    assert (native / "tokenizer.json").read_text() == "{}"
+    assert (native / "tokenizer.json").read_text() == (native / "ambijax.json").read_text() == "{}"
     assert model_config.load(native) == model_config.load(checkpoint)
-    assert not list(native.parent.glob("*.partial"))
+    assert not list(native.parent.glob(".*.partial"))
 
 
 def test_orbax_itself_restores_it(checkpoint, native):
@@ -230,7 +231,7 @@ def test_a_killed_conversion_is_not_accepted(tmp_path, checkpoint, after):
     assert done.returncode == -9
     assert not out.exists()
     with pytest.raises(ConfigError, match="no weights"):
-        load(tmp_path / "out.partial")
+        load(tmp_path / ".out.partial")
     convert.convert(checkpoint, out)
     assert_equal(load(out), load(checkpoint))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
@@ -373,7 +374,9 @@ def test_two_writers_of_one_directory_do_not_mix(tmp_path):
             pytest.fail("both write")
         assert (mine / "a").read_text() == "mine"
     assert (tmp_path / "out/a").read_text() == "mine"
-    (tmp_path / "late.partial/left").mkdir(parents=True)  # by a killed process
+    (tmp_path / ".late.partial/left").mkdir(parents=True)  # by a killed process
+    (tmp_path / "late.partial").mkdir()  # somebody's own
     with workdir.new_directory(tmp_path / "late", 0):
         pass
     assert not list((tmp_path / "late").iterdir())
+    assert (tmp_path / "late.partial").is_dir()

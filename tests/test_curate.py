@@ -113,8 +113,11 @@ def test_every_item_is_drafted_and_judged_once_and_merged(go) -> None:
         again = go(5, server)
         assert "0 to do of 5 (5 finished earlier)" in again
         assert len(server.calls) == 10
+    about = json.dumps({"description": "mine", "audio_root": "../corpus", "licence": "ask Anna"})
+    (go.root / "corpus.json").write_text(about)
     go(5, None, "--merge")
     assert [u.cot for u in manifest.read(go.root).utterances] == [GOLD] * 5
+    assert (go.root / "corpus.json").read_text() == about
 
 
 def test_the_teacher_hears_the_clip_and_knows_the_soft_label(go) -> None:

@@ -301,7 +301,8 @@ def test_slices_by_hand():
     }
     js = [float(metrics.js(r["target"], q)) for r in records]
     assert found["gender"]["male"]["js"] == pytest.approx((js[4] + js[5]) / 2)
-    assert found["annotators"]["3"]["js_interval"] == pytest.approx([js[4], js[4]])
+    assert found["annotators"]["3"]["js_interval"] is None
+    assert f"unknown                 1{js[1]:>8.3f}{'':16}   0.775" in slices.table(found)
     low, high = found["classes"]["2"]["js_interval"]
     assert js[2] <= low + 1e-12 < high <= js[3] + 1e-12
     assert "up to 0.67 bits         2" in slices.table(found)
@@ -438,6 +439,16 @@ def test_a_bare_checkpoint_on_another_corpus(tmp_path):
     assert {"uniform", "prior", "one-hot", "one annotator", "half", "another panel", "other", "ambiguity"} <= rows
     assert (summary["corpus"], summary["root"]) == (str(other.root), str(sounds.root))
     evaluate._assert_own_place(other.root, tmp_path / "run/eval/other")  # the same command may be given again
+
+
+def test_results_of_another_checkpoint_are_not_replaced(tmp_path, monkeypatch):
+    config = settings.parse(["x", *_bare(tmp_path, tmp_path / "own", 2)[1:]])[0]
+    settings.save(config, tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--checkpoint=elsewhere", *_bare(tmp_path, tmp_path / "own", 2)[1:]])
+    with pytest.raises(ConfigError, match=r"holds results of .*tiny; choose another --workdir"):
+        evaluate.main()
+    assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_sounds_are_looked_for_before_weights_are_read(tmp_path, monkeypatch):

@@ -318,7 +318,7 @@ def test_refusals(run, tower, full, tmp_path):
             export.export(source, kind, tmp_path / out)
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out").exists()
-        assert not list(tmp_path.glob("*.partial"))
+        assert not list(tmp_path.glob(".*.partial"))
 
 
 def push(run: Path, out: Path, address: str, **environment: str) -> subprocess.CompletedProcess:
@@ -384,7 +384,7 @@ def test_a_killed_export_is_not_accepted(tmp_path, run, after):
     assert done.returncode == -9
     assert not out.exists()
     with pytest.raises(ConfigError):
-        ambijax.load(tmp_path / "out.partial", labels=("anger", "neutral"))
+        ambijax.load(tmp_path / ".out.partial", labels=("anger", "neutral"))
     export.export(run, "merged", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 

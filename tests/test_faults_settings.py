@@ -368,6 +368,7 @@ def test_the_doctor_says_what_is_here_and_no_key(tmp_path, monkeypatch, capsys):
     (corpus / "wav" / "a.wav").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     record = {"id": "a", "audio": "wav/a.wav", "transcript": "", "speaker": "s", "fold": 0, "votes": {"anger": 1}}
     (corpus / "manifest.jsonl").write_text(json.dumps(record) + "\n")
+    (corpus / "manifest.jsonl.bak").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
     monkeypatch.delenv("HF_TOKEN", raising=False)

@@ -319,6 +319,7 @@ def test_mistakes_get_one_line(run, clips, tmp_path, monkeypatch, capsys):
         (["--model", tmp_path, clips[0], "--seed", str(2**40)], "must be a whole number from 0 to 2147483647"),
         (["--model", tmp_path, clips[0], "--columns", "audio"], "must name two"),
         (["--model", run, clips[0], "--out", tmp_path / "no/x.csv"], "there is no directory"),
+        (["--model", run, clips[0], "--out", "/proc/x.csv"], "cannot write to /proc"),
         (["--model", tmp_path, clips[0]], "no run directory, export or checkpoint"),
         (["--model", run, "-"], "the list is empty"),
         (["--model", run, "no.wav"], "no.wav: no such file"),
@@ -341,7 +342,7 @@ def test_mistakes_get_one_line(run, clips, tmp_path, monkeypatch, capsys):
         assert len(said.strip().splitlines()) == 1
 
 
-def test_a_clip_in_memory_is_guarded(model):
+def test_a_clip_in_memory_is_guarded(run, model):
     with pytest.raises(DataError, match=r"clip 0: .* NaN"):
         model.predict(np.full(16000, np.nan))
     sound = 0.1 * np.random.default_rng(0).standard_normal(16000)
@@ -359,6 +360,9 @@ def test_a_clip_in_memory_is_guarded(model):
     assert model.predict(sound, temperature=0.0) == model.predict(sound)  # nothing is drawn
     with pytest.raises(ConfigError, match="must be a list of class words"):
         ambijax.load(trained.TINY, labels="anger,fear")
+    for model in (run, trained.TINY):
+        with pytest.raises(ConfigError, match=r"^labels=\('anger',\) must be"):
+            ambijax.load(model, labels=["anger"])
 
 
 def test_names_of_files_need_not_be_text(run, clips, tmp_path, monkeypatch, capsys):

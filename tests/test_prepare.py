@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -363,6 +364,34 @@ def test_chains_of_thought_that_are_there_are_not_overwritten(tmp_path):
     with pytest.raises(ConfigError, match=r"manifest.jsonl has 1 chains of thought .* for one that of b; move it away"):
         run(tmp_path / "own", tmp_path / "out", corpus="manifest")
     assert (tmp_path / "out" / "manifest.jsonl").read_bytes() == before
+    (tmp_path / "own").rename(tmp_path / "moved")  # what is there cannot be read any more
+    with pytest.raises(ConfigError, match=r"audio_root .* is no directory; .* it has chains of thought"):
+        run(tmp_path / "moved", tmp_path / "out", corpus="manifest")
+    assert (tmp_path / "out" / "manifest.jsonl").read_bytes() == before
+    (tmp_path / "out" / "manifest.jsonl").write_bytes(before.replace(b"because", b""))
+    run(tmp_path / "moved", tmp_path / "out", corpus="manifest")  # nothing is lost
+
+
+def test_two_manifests_in_one_directory_are_refused(tmp_path):
+    own_corpus(tmp_path / "own", a={"anger": 1}, b={"neutral": 1})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.csv").write_text("id\n")
+    with pytest.raises(ConfigError, match=r"holds a manifest.csv.*choose another --out"):
+        prepare.main(["--corpus=manifest", f"--root={tmp_path / 'own'}", f"--out={tmp_path / 'out'}"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.csv"]
+
+
+def test_directories_that_are_not_utf_8(tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    own_corpus(tmp_path / "own", a={"anger": 1}, b={"neutral": 1}).rename(odd)
+    with pytest.raises(ConfigError, match="its name is not UTF-8; rename it"):
+        prepare.main(["--corpus=manifest", f"--root={odd}", f"--out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+    (odd / "wav").rename(tmp_path / "wav")
+    wav = tmp_path / "root" / odd.name
+    wav.parent.mkdir()
+    (tmp_path / "wav").rename(wav)
+    assert not prepare._decode({"a": wav / "a.wav"}).bad
 
 
 def test_one_emotion_in_two_spellings_is_named(tmp_path):

@@ -331,6 +331,11 @@ UNFORCED = json.dumps({"id": "a", "speaker": "s", "reasoning": "", "js": 0, "for
         ("eval/test/predictions.jsonl", UNFORCED, "predictions.jsonl:1: forced must be a number"),
         ("eval/test/predictions.jsonl", "[1]\n", "predictions.jsonl:1: expected a JSON object"),
         ("eval/test/predictions.jsonl", "nonsense\n", "predictions.jsonl:1: not JSON"),
+        (
+            "metrics.jsonl",
+            "nonsense\n",
+            "metrics.jsonl:1: not JSON (Expecting value: line 1 column 1 (char 0)); remove it",
+        ),
         ("eval/test/predictions.jsonl", "", "holds no prediction"),
         ("eval/test/summary.json", '{"labels": 3}', "labels must be"),
     ],
@@ -380,6 +385,15 @@ def test_the_command_needs_matplotlib_and_says_so(made, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report", str(made[0]), "--out", str(tmp_path / "out")])
     with pytest.raises(ConfigError, match=r"pip install 'ambijax\[report\]'"):
         report.main()
+
+
+def test_somebodys_page_is_not_overwritten(made, tmp_path, no_figures):
+    (tmp_path / "index.html").write_text("<!doctype html>mine")
+    with pytest.raises(ConfigError, match=r"index.html is somebody's page and no report; choose another --out"):
+        _write([made[0]], tmp_path)
+    assert (tmp_path / "index.html").read_text() == "<!doctype html>mine"
+    _write([made[0]], tmp_path / "out")
+    _write([made[0]], tmp_path / "out")  # a report is made anew
 
 
 def test_of_one_speaker_the_table_of_changes_has_no_interval_over_speakers(tmp_path, no_figures):

@@ -106,3 +106,4 @@ def test_what_has_no_mean_is_refused(values):
 def test_one_speaker_says_nothing_about_others():
     values = np.arange(5.0)
     assert significance.interval(values, seed=0, samples=10, level=0.9, clusters=np.zeros(5)) is None
+    assert significance.interval(values[:1], seed=0, samples=10, level=0.9) is None  # nor does one utterance

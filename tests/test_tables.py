@@ -274,6 +274,12 @@ def test_a_run_that_another_machine_holds_is_left_to_it(everything, started, mon
     assert started == ["SFT, no KL", "DPO", "DPO, no KL"]
 
 
+def test_a_directory_that_cannot_be_written_to_is_held_by_nobody(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(errors.ConfigError, match=r"cannot write to .*choose another directory"):
+        runs._held(tmp_path / "file" / "run")
+
+
 # What comes out
 
 

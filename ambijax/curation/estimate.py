@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
@@ -69,6 +70,6 @@ def _seconds(corpus: Corpus, item: teachers.Item) -> float | None:
     import soundfile
 
     try:
-        return min(soundfile.info(corpus.path(item.utterance)).duration, audio.SECONDS)
+        return min(soundfile.info(os.fsencode(corpus.path(item.utterance))).duration, audio.SECONDS)
     except (soundfile.SoundFileError, TypeError, DataError):
         return None

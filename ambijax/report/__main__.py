@@ -42,6 +42,7 @@ def write(directories: list[Path], out: Path, *, split: str, corpus: Path | None
 
     if len(directories) > style.MOST:
         raise ConfigError(f"{len(directories)} runs; at most {style.MOST} can be told apart side by side")
+    _assert_ours(out / "index.html")
     report = runs.read(directories, split, corpus)
     gallery = clips.gallery(report, out, embed_audio=embed_audio)
     drawn = figures.draw(report)
@@ -61,6 +62,12 @@ def write(directories: list[Path], out: Path, *, split: str, corpus: Path | None
         why = next(clip["silence"] for clip in gallery["clips"] if clip["audio"] is None)
         print(f"{mute} of {len(gallery['clips'])} clips have no sound: {why}; --corpus DIR says where it lies")
     print(f"{len(gallery['clips'])} clips, {len(drawn)} figures: open {out / 'index.html'}")
+
+
+def _assert_ours(path: Path) -> None:
+    """Raises ConfigError: a page is there that no report was."""
+    if path.is_file() and b'name="generator" content="ambijax"' not in path.read_bytes()[:1000]:
+        raise ConfigError(f"{path} is somebody's page and no report; choose another --out, or move it away")
 
 
 if __name__ == "__main__":

@@ -276,10 +276,11 @@ def _groups(report: Report, of: Callable[[dict], dict[str, list[str]]], name: st
             if values := scores.get((system.name, member)):
                 spread = significance.interval(np.array(values), seed=0, samples=e.resamples, level=e.level)
                 at = places[member] + offset
-                axes.plot(spread, [at, at], color=color, linewidth=1.6, alpha=0.5)
+                if spread:
+                    axes.plot(spread, [at, at], color=color, linewidth=1.6, alpha=0.5)
                 mark = {"marker": line["marker"], "linestyle": "none", "markersize": 6, "markeredgewidth": 0}
                 axes.plot(np.mean(values), at, color=color, label=title, **mark)
-                rows.append((system.name, *member, float(np.mean(values)), *spread, len(values)))
+                rows.append((system.name, *member, float(np.mean(values)), *(spread or ("", "")), len(values)))
                 title = None  # one line in the legend
     count = {member: max(len(scores.get((s.name, member), ())) for s in report.systems) for member in order}
     axes.set_yticks([places[m] for m in order], [f"{style.short(m[1])} ({count[m]})" for m in order])

@@ -22,6 +22,7 @@ from ambijax.workdir import read_object
 
 BASE = "base"
 _NUMBERS = ("js", "format", "forced", "tokens")  # fields of a prediction that must be one
+_AGAIN = "evaluate the run again"
 ROLLOUTS = 24  # groups shown, spread evenly over the training
 
 
@@ -154,12 +155,14 @@ def _run(directory: Path, split: str) -> Run:
         title=_title(directory, config, told),
         config=config,
         environment=environment,
-        curves=[_numbers(line) for _, line in _lines(directory / "metrics.jsonl") if finite(line.get("step"))],
+        curves=[
+            _numbers(line) for _, line in _lines(directory / "metrics.jsonl", "remove it") if finite(line.get("step"))
+        ],
         root=Path(root),
         labels=labels,
         rollouts=_spread(directory / "samples.jsonl", len(config.data.labels)),
-        after=[_prediction(line, where, k) for where, line in _lines(after)],
-        before=[_prediction(line, where, k) for where, line in _lines(before)] if before.is_file() else [],
+        after=[_prediction(line, where, k) for where, line in _lines(after, _AGAIN)],
+        before=[_prediction(line, where, k) for where, line in _lines(before, _AGAIN)] if before.is_file() else [],
         bounds=_bounds(summary, told),
     )
 
@@ -191,8 +194,12 @@ def _bounds(summary: Path, told: dict) -> dict[str, dict[str, float]]:
     return rows
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """(file:line, object) of every line; a last line that is cut, as a kill leaves it, ends the file."""
+def _lines(path: Path, advice: str) -> Iterator[tuple[str, dict]]:
+    """(file:line, object) of every line; a last line that is cut, as a kill leaves it, ends the file.
+
+    Raises:
+      DataError: a line holds something else; ends with the advice.
+    """
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -203,9 +210,9 @@ def _lines(path: Path) -> Iterator[tuple[str, dict]]:
             except (ValueError, RecursionError) as error:
                 if not line.endswith("\n"):
                     return
-                raise DataError(f"{where}: not JSON ({error}); evaluate the run again") from None
+                raise DataError(f"{where}: not JSON ({error}); {advice}") from None
             if not isinstance(record, dict):
-                raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}")
+                raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}; {advice}")
             if "\\ud" in line.lower():  # half a character cannot be written to any file
                 record = json.loads(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace"))
             yield where, record
@@ -251,7 +258,7 @@ def _spread(path: Path, k: int) -> list[dict]:
         count = sum(1 for _ in file)
     wanted = set(np.linspace(0, count - 1, min(ROLLOUTS, count)).astype(int).tolist())
     groups = []
-    for number, (where, record) in enumerate(_lines(path)):
+    for number, (where, record) in enumerate(_lines(path, "remove it")):
         if number not in wanted:
             continue
         if not isinstance(record.get("id"), str) or not isinstance(record.get("group"), list):
