@@ -75,10 +75,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     _write_bad_files(listed, rows)
     if not kept:
         raise DataError(f"none of the {len(rows)} clips can be used, see {listed}. The first: {': '.join(rows[0][1:])}")
-    print(_report(release, kept, heard, rows))
+    report = _report(release, kept, heard, rows)
 
     bad = [row for row in rows if row[0] not in release.known_bad]
     if bad and args.on_bad == "error":
+        print(report)
         raise DataError(
             f"{len(bad)} bad files, see {listed}; mend them, or leave them out with --on_bad=skip. The first: "
             f"{': '.join(bad[0][1:])}"
@@ -87,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for fold in sorted({u.fold for u in kept}):
         manifest.split(corpus, fold, "groups")  # raises on a leak
     manifest.write(corpus)
+    print(report)  # to somebody who may have left: nothing depends on it any more
     print(f"wrote {args.out / 'manifest.jsonl'}: {len(kept)} utterances; audio stays in {args.root}")
 
 

@@ -381,6 +381,17 @@ def test_two_manifests_in_one_directory_are_refused(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.csv"]
 
 
+def test_a_reader_who_leaves_costs_no_manifest(tmp_path, monkeypatch):
+    def left(*_):
+        raise BrokenPipeError
+
+    own_corpus(tmp_path / "own", a={"anger": 1}, b={"neutral": 1})
+    monkeypatch.setattr("builtins.print", left)
+    with pytest.raises(BrokenPipeError):
+        prepare.main(["--corpus=manifest", f"--root={tmp_path / 'own'}", f"--out={tmp_path / 'out'}"])
+    assert len(manifest.read(tmp_path / "out").utterances) == 2
+
+
 def test_directories_that_are_not_utf_8(tmp_path):
     odd = tmp_path / os.fsdecode(b"caf\xe9")
     own_corpus(tmp_path / "own", a={"anger": 1}, b={"neutral": 1}).rename(odd)
