@@ -103,6 +103,14 @@ def test_the_readme_names_every_module_and_no_other():
     assert {name for name in named if name.endswith(".py")} <= modules
 
 
+def test_what_a_run_logs_is_explained():
+    sources = (ROOT / "ambijax" / name for name in ("algorithms.py", "agent.py", "update.py"))
+    keys = re.findall(r'"((?:loss|dpo|reward|rollout|skipped)/\w+)"', "".join(path.read_text() for path in sources))
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert len(keys) > 15
+    assert [key for key in keys if f"`{key}`" not in page] == []
+
+
 def test_the_pages_are_linked_from_the_map():
     """docs/index.md and the site's menu lead to every page, so that none is lost."""
     map_ = (ROOT / "docs/index.md").read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
 """A local page to record or drop a clip and see how people would hear it, the reasoning as it is written.
 
-    pip install 'ambijax[demo]'
+    pip install -e '.[demo]'
     python -m ambijax.demo --model runs/tiny            then open http://127.0.0.1:7860
 
 It has example clips of the tiny lab, with the votes of simulated listeners. Only this machine can reach it.
