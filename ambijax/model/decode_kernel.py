@@ -61,17 +61,19 @@ def _call(qkv: jax.Array, turn: tuple, prompt: tuple, own: tuple, slot: jax.Arra
     like = lambda shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     how = {"compiler_params": triton.CompilerParams(num_warps=4, num_stages=2), "interpret": interpret}
 
-    # A program for each query head of a prompt. What it leaves has a column for each sequence.
+    # A program for each query head of a prompt. What it leaves has a column for each sequence, and columns beyond the
+    # group's, which are neither read nor written.
     at = lambda shape, index: pl.BlockSpec(shape, lambda h, b: index(h // r, h % r, b))  # noqa: E731
-    column = (None, None, d, None, g)
-    cache = at((None, None, g, n, d), lambda k, _, b: (b, k, 0, 0, 0))
+    columns = max(_COLUMNS, pl.next_power_of_2(g))
+    column = (None, None, d, None, columns)
+    cache = at((None, None, columns, n, d), lambda k, _, b: (b, k, 0, 0, 0))
     shared = at((None, None, p, d), lambda k, _, b: (b, k, 0, 0))
     of_prompt = lambda size: at((None, size), lambda k, _, b: (b, 0))  # noqa: E731
     query = at(column, lambda k, r, b: (k, r, 0, b, 0))
-    sums = at((None, None, None, g), lambda k, r, b: (k, r, b, 0))
+    sums = at((None, None, None, columns), lambda k, r, b: (k, r, b, 0))
     state_shape = [like((kv_heads, r, d, b, g)), *[like((kv_heads, r, b, g))] * 2]
     rotated, *own, out, top, total = pl.pallas_call(
-        _read_prompt,
+        functools.partial(_read_prompt, g),
         grid=(kv_heads * r, b),
         in_specs=[
             at((1,), lambda *_: (0,)),
@@ -104,13 +106,15 @@ def _call(qkv: jax.Array, turn: tuple, prompt: tuple, own: tuple, slot: jax.Arra
 
 
 def _read_prompt(
-    slot_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, exists_ref, keys, values, _k, _v,
+    g, slot_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, exists_ref, keys, values, _k, _v,
     rotated_ref, own_k, own_v, out_ref, top_ref, total_ref,
 ):  # fmt: skip
-    """A query head of the G sequences of a prompt; references are [D, G], [D / 2], [P], [P, D], [G, N, D] and [G]."""
-    (d, g), p, slot = q_ref.shape, exists_ref.shape[0], slot_ref[0]
+    """A query head of the g sequences of a prompt; references are [D, G], [D / 2], [P], [P, D], [G, N, D] and [G].
+
+    G is g rounded up to what a product of matrix units takes: JAX lets no slice leave a reference.
+    """
+    (d, columns), p, slot = q_ref.shape, exists_ref.shape[0], slot_ref[0]
     lower, upper, whole = pl.ds(0, d // 2), pl.ds(d // 2, d // 2), pl.ds(0, d)
-    columns = max(_COLUMNS, pl.next_power_of_2(g))
     group, exist = pl.ds(0, columns), jnp.arange(columns) < g
     cos, sin = cos_ref[...][:, None], sin_ref[...][:, None]
     column = lambda ref, rows: triton.load(ref.at[rows, group], mask=exist[None], other=0)  # noqa: E731
