@@ -5,6 +5,7 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from ml_collections import FrozenConfigDict
 from scipy.special import rel_entr, softmax
 
 from ambijax import (
+    agent,
     algorithms,
     assemble,
     audio,
@@ -200,6 +202,16 @@ def test_a_sound_that_is_not_a_number_costs_its_update(vocabulary, algorithm):
     jax.tree.map(np.testing.assert_array_equal, before, state.trained)
 
 
+def test_a_change_that_is_not_a_number_is_not_made(vocabulary, monkeypatch):
+    """Of a finite gradient, as by moments that overflowed."""
+    monkeypatch.setattr(optax, "sgd", lambda _: optax.scale(jnp.inf))
+    setting = make(vocabulary, "sft")
+    changes, aux = gradient(setting, collect(setting)[0])
+    assert aux["skipped"] == 1
+    assert np.isfinite(aux["gradient_norm"])
+    assert not any(np.any(x) for x in jax.tree.leaves(changes))
+
+
 @pytest.mark.parametrize(
     ("algorithm", "devices", "accumulate", "sizes"),
     [
@@ -261,6 +273,31 @@ def test_micro_batches_stay_on_their_devices_and_take_less_memory(vocabulary):
         assert {c.kind for c in cost.Compiled(compiled.as_text()).collectives()} == {"all-reduce"}
         temporary.append(compiled.memory_analysis().temp_size_in_bytes)
     assert temporary[1] < 0.7 * temporary[0]
+
+
+def test_every_micro_batch_drops_other_units(vocabulary, monkeypatch):
+    def drawn(setting: Setting, variables: dict, batch: Batch, rngs: dict) -> tuple[jax.Array, dict]:
+        u = jax.random.uniform(rngs["dropout"])
+        return jnp.zeros(len(batch.target)), {"mean": u, "square": u**2}
+
+    monkeypatch.setitem(ALGORITHMS, "sft", dataclasses.replace(ALGORITHMS["sft"], loss=drawn))
+    setting = make(vocabulary, "sft", lora__dropout=0.1, optim__micro_batch=2)
+    _, aux = gradient(setting, collect(setting)[0])
+    assert aux["square"] - aux["mean"] ** 2 > 1e-3  # the variance over four of them
+
+
+@pytest.mark.parametrize(("algorithm", "updates"), [("grpo", 2), ("grpo", 1), ("sft", 1)])
+def test_the_rate_falls_to_zero_with_the_last_update_of_the_last_step(vocabulary, algorithm, updates):
+    changes = {"grpo__updates": updates} if algorithm == "grpo" else {}
+    config = make(vocabulary, algorithm, steps=3, **changes).config
+    weights = {"w": jnp.ones(1)}
+    optimizer = update.make_optimizer(config, {"w": "train"})
+    state, sizes = optimizer.init(weights), []
+    for _ in range(3 * updates + 1):
+        change, state = optimizer.update(weights, state, weights)
+        sizes.append(float(jnp.abs(change["w"][0])))
+    assert min(sizes[1:-1]) > 1e-3 * config.optim.learning_rate
+    assert sizes[-1] < 1e-6 * config.optim.learning_rate
 
 
 # --- the options: what is collected and the loss, against numpy in float64
@@ -445,7 +482,7 @@ def test_leaving_padding_out_changes_no_update(vocabulary, algorithm, monkeypatc
     "changes",
     [
         {},
-        {"grpo__gold_reward": "measured"},
+        {"grpo__gold_reward": "measured", "readout__temperature": 2.0},
         {"grpo__scale": "none"},
         {"grpo__ddof": 0, "grpo__eps": 0.01, "grpo__min_std": 0.3},
         {"grpo__gold_adv_clip": 0.5},
@@ -456,8 +493,11 @@ def test_leaving_padding_out_changes_no_update(vocabulary, algorithm, monkeypatc
 def test_rewards_and_advantages_follow_from_what_is_written_down(vocabulary, changes):
     setting = make(vocabulary, "grpoz", **changes)
     c = setting.config
-    (group,), _, samples = collect(setting)
-    measured = metrics.js(np.asarray(group.target), softmax(_gold_readout(setting, group), -1))
+    (group,), aux, samples = collect(setting)
+    spread = [np.std([member["reward"] for member in members[:-1]], ddof=c.grpo.ddof) for members in samples]
+    assert aux["reward/std"] == pytest.approx(np.mean(spread))
+    assert aux["reward/degenerate"] == 0 < min(spread)
+    measured = metrics.js(np.asarray(group.target), softmax(_gold_readout(setting, group) / c.readout.temperature, -1))
     for row, members in enumerate(samples):
         rewards = []
         for member in members[:-1]:
@@ -489,6 +529,13 @@ def _gold_readout(setting: Setting, group: Group) -> np.ndarray:
     return log_probs(setting, placed(setting), group.completions, group.prompt)[1][:, -1]
 
 
+def test_the_format_is_kept_by_what_ended_after_an_answer_of_its_own(vocabulary):
+    setting = make(vocabulary, "grpoz")
+    rolled = SimpleNamespace(ended=[[True, False, True]], forced=[[False, False, True]])
+    texts = [[f"{COTS[0]}\nFinal emotion: {CREMAD[0]}"] * 3]
+    assert agent.grade(setting, reasoning.format_reward, texts, rolled).tolist() == [[1, 0, 0]]
+
+
 def test_negatives_by_hand():
     js = np.array([[0.1, 0.9, 0.3], [0.05, 0.0, 0.01], [0.2, 0.2, 0.8]])
     example = np.array([7, 8, 9])
@@ -507,6 +554,8 @@ def test_negatives_by_hand():
     assert {int(chosen[2, 0]) for chosen, _ in drawn} == {0, 1, 2}
     assert all(pairs.ravel().tolist() == [True, False, True] for _, pairs in drawn)
     np.testing.assert_array_equal(pick("random")[0], drawn[0][0])
+    alike = algorithms._negatives("random", np.ones((50, 3)), 0.15, jax.random.key(0), np.arange(50))[0]
+    assert {*alike.ravel().tolist()} == {0, 1, 2}  # every example draws for itself
     js[0, 0] = np.nan  # a read-out that is no number is no negative, and hides none
     for how in ("worst", "random", "all"):
         chosen, pairs = pick(how)
@@ -529,7 +578,7 @@ def test_the_dpo_loss_is_equation_4(vocabulary, changes):
     c, now = setting.config, placed(setting)
     (collected,), measured, samples = collect(setting)
     with jax.set_mesh(setting.mesh):
-        loss, _ = algorithms.dpo_loss(setting, now, collected, {})
+        loss, aux = algorithms.dpo_loss(setting, now, collected, {})
         scores = [
             setting.score(variables, collected.prompt, collected.completions, {})
             for variables in (now, {"params": now["params"]})
@@ -547,6 +596,7 @@ def test_the_dpo_loss_is_equation_4(vocabulary, changes):
     ce = -np.where(ce_mask, gold, 0).sum(-1) / np.maximum(ce_mask.sum(-1), 1)
     kl = rel_entr(np.asarray(collected.target, np.float64), softmax(readout, -1)).sum(-1)
     np.testing.assert_allclose(loss, dpo + c.loss.lambda_kl * kl + c.loss.lambda_ce * ce, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(aux["dpo/margin"], np.where(pairs, margin, 0).mean(-1), rtol=1e-3, atol=1e-5)
     assert (dpo > 0).any() == (c.dpo.tau < 0.9)
     assert np.all(np.asarray(loss)[3] == c.loss.lambda_kl * kl[3]) or loss[3] == pytest.approx(c.loss.lambda_kl * kl[3])
 

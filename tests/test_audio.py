@@ -339,3 +339,14 @@ def test_check_takes_arrays():
         audio.check(samples, 0, "mine")
     with pytest.warns(UserWarning, match="^a long array: longer than 30 s"):
         assert len(audio.check(np.tile(samples, 31), 16_000, "a long array")) == 480_000
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 44_100, 48_000])
+def test_a_header_tells_how_many_frames_will_be_heard(tmp_path, rate):
+    """Else a whole clip would be refused as one that is not as long as it says."""
+    path = tmp_path / "clip.wav"
+    for n in (*range(rate // 10, rate // 10 + 12), 31 * rate):
+        soundfile.write(path, np.sin(0.1 * np.arange(n)), rate)
+        with warnings.catch_warnings(action="ignore"):  # of the long one
+            heard = audio.mel_frames(len(audio.load(path)))
+        assert audio.declared_frames(path) == heard, n

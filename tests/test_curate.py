@@ -1,5 +1,6 @@
 """Curation against a real HTTP server on loopback: what it sends, what it survives, what it costs, what it keeps."""
 
+import asyncio
 import base64
 import collections
 import dataclasses
@@ -25,6 +26,7 @@ from ambijax.curation import checks, client, ledger, limits, prompts
 from ambijax.curation.ledger import Answer
 from ambijax.emotions import CREMAD
 from ambijax.errors import ConfigError, DataError
+from configs.curate import get_config
 from tests.chat_server import GOLD, Call, completion, error, good, serving
 
 # ml_collections loads config files in a way that Python has deprecated.
@@ -144,6 +146,7 @@ def test_dry_run_estimates_and_calls_nothing(go, monkeypatch: pytest.MonkeyPatch
         go(3, server, "--dry_run")  # the key is not needed either
         monkeypatch.delenv("OPENAI_API_KEY")
         said = go(3, server, "--dry_run")
+        assert "the rate limits alone take 3 min" in go(3, server, "--dry_run", writer__rpm=1)
         assert not server.calls
     assert re.search(r"items +3 to do of 3", said)
     assert "6 requests" in said
@@ -274,6 +277,15 @@ def test_faults_are_fed_back_and_refusals_rephrased(go) -> None:
     assert len(second[1]) == 2  # without the refusal, which would invite another one
     assert "'6 of 8'" in second[2][3]["content"]
     assert second[2][1]["content"][1]["type"] == "input_audio"  # an endpoint remembers nothing: the clip goes along
+
+
+def test_a_rephrased_request_stays_rephrased(go) -> None:
+    wrongs = [completion(EXCUSE), completion(BAD_FORMAT)]
+    with serving(lambda call: wrongs[call.nth] if call.nth < 2 else good(call)) as server:
+        go(1, server, validator="none")
+    third = server.of("item-0")[2].body["messages"]
+    assert prompts.PROSODY in third[1]["content"][0]["text"]
+    assert third[2] == {"role": "assistant", "content": BAD_FORMAT}
 
 
 def test_failed_items_are_tried_again_by_the_next_run(go) -> None:
@@ -722,6 +734,25 @@ def test_no_window_of_60_s_holds_more_than_the_limits(rpm: int, tpm: int, seed: 
     assert fullest > 0.7  # and yet the limits are used
 
 
+def test_a_request_counts_as_the_most_that_it_could_use() -> None:
+    """Providers count the tokens that were asked for; more, when the answer shows that the estimate was too low."""
+    limiter = limits.Limiter(10, 100, clock=lambda: 0.0)
+    limiter.done(limiter.take(60), 10)
+    assert not limiter.take(41)
+    limiter.done(limiter.take(20), 30)
+    assert not limiter.take(11)
+    assert limiter.take(10)
+
+
+def test_two_roles_of_one_model_share_the_tighter_of_their_limits(go, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "WINDOW", 0.5)
+    with serving(lambda call: completion("CONSISTENT" if "CONSISTENT" in call.text else GOLD)) as server:
+        go(3, server, judge__model="gpt-audio-1.5", judge__rpm=3)
+    times = sorted(call.arrived for call in server.calls)
+    assert len(times) == 6
+    assert all(later - earlier > 0.5 for earlier, later in zip(times, times[3:], strict=False))
+
+
 def test_the_command_keeps_its_limits(go, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "WINDOW", 0.5)
     with serving() as server:
@@ -769,6 +800,26 @@ def test_a_429_holds_every_worker(go) -> None:
     meanwhile = [record for record in records[told:] if "sent" in record and record["time"] < until]
     assert len(meanwhile) <= 2
     assert sum("sent" in record for record in records[told:]) > 30
+
+
+def test_retries_come_ever_later_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+    monkeypatch.setattr(client.random, "uniform", lambda low, high: high)
+    waits = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(client.asyncio, "sleep", sleep)
+    config = get_config()
+    config.calls.backoff_s, config.calls.backoff_max_s = 1.0, 5.0
+    book = ledger.Ledger(tmp_path / "l.jsonl", {})
+    asking = client.Client(book, [config.writer], config.calls, 1.0)
+    for retry in range(4):
+        asyncio.run(asking._back_off(config.writer.model, client._Failure("HTTP 500", retry=True), retry))
+    asyncio.run(asking._back_off(config.writer.model, client._Failure("HTTP 503", retry=True, wait=3.0), 0))
+    assert waits == [1, 2, 4, 5, 3]
+    book.close()
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,20 @@ def test_examples_are_numbered_across_the_corpus(vocabulary):
         assert [dataset.at(n).id for n in numbers[name]] == [u.id for u in dataset.utterances]
 
 
+def test_every_epoch_is_another_order_of_all_utterances(vocabulary):
+    train = build(vocabulary)["train"]
+
+    def epochs(seed: int) -> list[tuple[int, ...]]:  # six of four utterances in eight steps of three
+        drawn = np.concatenate([train.indices_at(seed, step, 3) for step in range(8)])
+        return [tuple(row) for row in drawn.reshape(6, 4).tolist()]
+
+    assert all(sorted(epoch) == [0, 1, 2, 3] for epoch in epochs(0))
+    assert len({*epochs(0)}) > 1
+    assert epochs(0) != epochs(1)
+    batch = train.batch_at(1, 5, 3)
+    assert batch.prompt.example.tolist() == train.indices_at(1, 5, 3).tolist()
+
+
 def test_a_prompt_that_nobody_counted_is_an_error_and_is_not_cut(vocabulary):
     plain, swapped = (build(vocabulary, edit)["test"] for edit in (list, canaries.swap_audio))
     asked = dataclasses.replace(swapped, slots=plain.slots)  # the long clip now comes with more words
@@ -130,6 +144,27 @@ def test_a_chain_of_thought_that_cannot_be_learned_is_named_and_kept_for_its_vot
     assert batch.ce_mask.any(axis=(1, 2)).tolist() == [True, False, False, False]
     assert len({*batch.gold.mask[1:].sum(axis=(1, 2)).tolist()}) == 1  # of the answer alone
     np.testing.assert_array_equal(batch.target[:, 0], 1)
+
+
+def test_class_words_are_drawn_for_every_utterance_of_the_corpus_apart(vocabulary):
+    votes = dict.fromkeys(CREMAD, 1)
+    split = {n: [Utterance(f"{n}{i}", "", "well", "s", 0, votes) for i in range(20)] for n in ("train", "test")}
+    sounds = {u.id: data.Sound(100, np.zeros((audio.tokens(100), 4), np.float32)) for us in split.values() for u in us}
+    how = {"style": "answer", "gold_label": "sample", "seed": 0, "label_in_ce": True, "live_tower": False}
+    built = data.build(split, (*split,), sounds, vocabulary, windows=WINDOWS, max_tokens=8, root=Path(), **how)
+    drawn = [[e.gold[e.anchor + 1] for e in built[name].examples] for name in split]
+    assert drawn[0] != drawn[1]
+
+
+def test_a_chain_of_thought_may_fill_its_room(vocabulary):
+    cot = Reasoning("slow", "a plain statement", "soft and falling", "sad").render()
+    split = {"train": [Utterance("u", "", "well", "s", 0, {"anger": 1}, cot=cot)]}
+    sounds = {"u": data.Sound(100, np.zeros((audio.tokens(100), 4), np.float32))}
+    how = {"style": "steps", "gold_label": "argmax", "seed": 0, "label_in_ce": True, "live_tower": False}
+    size = len(prompt.encode_gold(vocabulary, cot, "anger")[0])
+    for room, fits in ((size, True), (size - 1, False)):
+        built = data.build(split, ("train",), sounds, vocabulary, windows=WINDOWS, max_tokens=room, root=Path(), **how)
+        assert built["train"].examples[0].reasoned == fits
 
 
 # What the model makes of it ------------------------------------------------------------------------------------------

@@ -201,6 +201,13 @@ def test_a_swap_is_no_exchange_of_like_for_like(speakers):
     assert np.mean([s.audio == u.audio for s, u in zip(swapped, split, strict=True)]) < 0.2
     assert sorted(s.audio for s in swapped) == sorted(u.audio for u in split)
     assert swapped == canaries.swap_audio(split)
+    others = canaries.exchanged(split)  # words go with sounds, unless they are the same
+    words = [
+        (s.transcript, o.transcript)
+        for s, o, u in zip(canaries.swap_transcript(split), others, split, strict=True)
+        if o.transcript != u.transcript
+    ]
+    assert all(s == o for s, o in words)
 
 
 def test_swaps_that_would_swap_nothing_are_refused():

@@ -130,6 +130,11 @@ def test_votes_of_one_block(tmp_path):
     assert read(tmp_path, keep="all_votes").utterances == ()  # frustration is outside
 
 
+def test_a_turn_whose_annotators_left_every_field_empty_has_no_vote_to_keep_it(tmp_path):
+    write_dialog(tmp_path, SUMMARY, "C-E2:\t;\t()", "C-E3:\t\t(muffled)")
+    assert read(tmp_path, keep="all_votes").utterances == ()
+
+
 def test_the_block_of_the_documentation(tmp_path):
     page = (Path(__file__).parents[1] / "docs" / "corpora" / "iemocap.md").read_text(encoding="utf-8")
     write_dialog(tmp_path, *(line.removeprefix("    ") for line in page.splitlines() if "\t" in line))

@@ -156,6 +156,12 @@ def test_what_makes_another_output_is_part_of_the_key(hear, params, monkeypatch,
     assert bits(found) == bits(live)
 
 
+def test_another_kernel_of_attention_is_part_of_the_key(params):
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    kernels = ("xla", "cudnn", "splash")  # the last two compute on no CPU
+    assert len({features._origin(small.model().clone(attention=name), params, mesh) for name in kernels}) == 3
+
+
 def test_what_changes_nothing_is_not_part_of_the_key(hear, params, wavs):
     hear()
     assert hear(params=scaled(params, "language_model"))[1] == 0

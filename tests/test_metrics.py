@@ -137,6 +137,9 @@ def test_ece_by_hand():
     # Two utterances in the bin (9/15, 10/15], one right: |1 - (.61 + .64)| / 2. One by one it would be .515.
     p, q = np.array([[1, 0], [0, 1]]), np.array([[0.61, 0.39], [0.64, 0.36]])
     np.testing.assert_allclose(metrics.ece(p, q), 0.125)
+    # One that is sure lies beside .95 in the last bin, (14/15, 1]: |(0 + 1) - (1 + .95)| / 2. Alone it would be .525.
+    p, q = np.array([[1, 0], [0, 1]]), np.array([[0, 1], [0.05, 0.95]])
+    np.testing.assert_allclose(metrics.ece(p, q), 0.475)
 
 
 def test_entropy_correlation_by_hand():

@@ -19,7 +19,7 @@ from ambijax.model import config as model_config
 from ambijax.model import qwen2_audio
 from ambijax.model.cache import Past
 from ambijax.model.decoder import DecoderLayer
-from ambijax.model.layers import rope, rotation
+from ambijax.model.layers import Dropout, rope, rotation
 from ambijax.model.qwen2_audio import Qwen2Audio
 
 torch = pytest.importorskip("torch")
@@ -386,6 +386,13 @@ def test_without_adapters_it_is_the_base_model(grouped):
     assert np.abs(adapted - expected).max() > 1e-2
     dropped = prefill({**base, "lora": adapters}, rngs={"dropout": jax.random.key(1)})
     assert np.abs(dropped - adapted).max() > 1e-2
+
+
+def test_dropout_leaves_the_mean():
+    dropped = Dropout(0.25).apply({}, jnp.ones((100, 100)), rngs={"dropout": jax.random.key(0)})
+    kept = dropped != 0
+    np.testing.assert_allclose(dropped[kept], 1 / 0.75, rtol=1e-6)
+    assert abs(kept.mean() - 0.75) < 4 * np.sqrt(0.25 * 0.75 / kept.size)
 
 
 def test_rope_is_exact_far_out_in_bfloat16():

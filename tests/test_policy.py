@@ -273,6 +273,28 @@ def test_an_anchor_inside_a_line_is_none(model, variables):
     assert rolled.forced[0, 0]
 
 
+def test_the_first_anchor_that_begins_a_line_counts(model, variables):
+    # An anchor of one word that is said often, also at once, where the prompt's line break is before it.
+    prompt = small.prompts(3)
+    said = np.asarray(_rollout(model, variables, prompt, samples=MANY, temperature=1.0).completions.tokens)
+    word = np.bincount(said[..., 0].ravel())[2:].argmax() + 2  # none that ends it
+    tokens, ends_line = dataclasses.replace(small.TOKENS, anchor=(int(word),)), np.arange(small.VOCABULARY) % 2 == 1
+    rolled = policy.rollout(
+        *(model, variables, prompt, jax.random.key(0), ends_line | small.ENDS_LINE),
+        **{"tokens": tokens, "samples": MANY, "max_tokens": N, "temperature": 1.0},
+    )
+    np.testing.assert_array_equal(rolled.completions.tokens, said)
+    fresh = np.concatenate([np.ones((3, MANY, 1), bool), (ends_line | small.ENDS_LINE)[said[..., :-1]]], axis=-1)
+    anchors = (said == word) & fresh & np.asarray(rolled.completions.mask)
+    assert anchors[..., 0].any()
+    assert (anchors.sum(-1) > 1).any()
+    assert (anchors < (said == word)).any()
+    np.testing.assert_array_equal(rolled.completions.anchor, np.where(anchors.any(-1), anchors.argmax(-1), -1))
+    own = anchors.any(-1)
+    scores = _score(model, variables, prompt, rolled.completions)
+    np.testing.assert_allclose(rolled.readout[own], scores.readout[own], atol=1e-4)
+
+
 def test_an_anchor_in_the_last_slot_is_read_out(model, variables):
     prompt = small.prompts(3)
     tokens, before = _likely_anchor(model, variables, prompt)
@@ -304,6 +326,21 @@ def test_forced_read_out_follows_the_completion_without_its_end(model, variables
             said = np.asarray(rolled.completions.tokens[b, g, :length])
             logits = _plain_logits(model, variables, prompt, b, np.append(said, small.TOKENS.forced))
             np.testing.assert_allclose(rolled.readout[b, g], logits[-1, list(small.TOKENS.classes)], atol=1e-4)
+
+
+def test_every_layer_drops_other_units(monkeypatch):
+    model, draw, drawn = small.model(dropout=0.4), jax.random.bernoulli, []
+
+    def seen(key, p, shape):
+        mask = draw(key, p, shape)
+        jax.debug.callback(lambda z: drawn.append(np.asarray(z).tobytes()), mask)
+        return mask
+
+    monkeypatch.setattr(jax.random, "bernoulli", seen)
+    how = {"class_ids": small.TOKENS.classes, "temperature": 1.0, "chunk": 4, "rngs": {"dropout": jax.random.key(0)}}
+    policy.score(model, small.variables(model), small.prompts(2), small.completions(2, 1, N), **how)
+    jax.effects_barrier()
+    assert len(drawn) == len({*drawn}) == 3 * 7
 
 
 def test_without_adapters_it_is_the_base_model(model, variables):

@@ -282,6 +282,29 @@ def test_the_frozen_part_gets_no_gradient_no_state_and_no_change():
     assert jax.tree.leaves(changes["params"]) == []
 
 
+def test_the_optimizer_is_torchs_adamw_behind_a_clip_of_the_gradients():
+    torch = pytest.importorskip("torch")
+    # Clipped after Adam, whose steps do not depend on a gradient's size, the first gradient would count as the others.
+    trained = {"a": jnp.ones((2, 3)), "b": jnp.zeros(3)}
+    adamw = {"eps": 1e-3, "weight_decay": 0.1}
+    labels = jax.tree.map(lambda _: "train", trained)
+    optimizer = optim.optimizer(learning_rate=lambda _: 0.1, b1=0.8, b2=0.9, clip=1.0, labels=labels, **adamw)
+    state = optimizer.init(trained)
+    theirs = [torch.tensor(np.array(x), requires_grad=True) for x in trained.values()]
+    reference = torch.optim.AdamW(theirs, lr=0.1, betas=(0.8, 0.9), **adamw)
+    rng = np.random.default_rng(0)
+    for size in (100.0, 0.1, 1.0, 0.01):
+        gradients = jax.tree.map(lambda x, size=size: size * rng.normal(size=x.shape).astype(np.float32), trained)
+        for parameter, gradient in zip(theirs, gradients.values(), strict=True):
+            parameter.grad = torch.tensor(gradient)
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        reference.step()
+        changes, state = optimizer.update(gradients, state, trained)
+        trained = jax.tree.map(jnp.add, trained, changes)
+        for ours, parameter in zip(trained.values(), theirs, strict=True):
+            np.testing.assert_allclose(ours, parameter.detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_the_schedule_is_linear_then_cosine_to_zero():
     rate = optim.schedule(1e-3, 0.1, 100)
     np.testing.assert_allclose(rate(0), 0.0)

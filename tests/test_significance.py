@@ -66,6 +66,10 @@ def test_paired_by_hand():
     assert significance.paired(a, b, seed=0, samples=2000) == 2 / 32
     assert significance.paired(b, a, seed=0, samples=2000) == 2 / 32
     assert significance.paired(a, a, seed=0, samples=2000) == 1
+    # Ways that differ by rounding alone are equally extreme: tenths count as whole numbers do.
+    tenths = np.array([1, 2, 4, 0, -1, -2])
+    whole = significance.paired(tenths, np.zeros(6), seed=0, samples=64)
+    assert significance.paired(0.1 * tenths, np.zeros(6), seed=0, samples=64) == whole
     # Three speakers of two utterances each flip together: 2 of 8, not 2 of 64.
     speakers = np.array([1, 1, 2, 2, 3, 3])
     assert significance.paired(np.arange(1, 7), np.zeros(6), seed=0, samples=2000, clusters=speakers) == 2 / 8

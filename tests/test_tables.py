@@ -313,6 +313,19 @@ def test_an_utterance_counts_once_however_many_seeds_predicted_it(tmp_path):
     assert line.ours[0].mean == pytest.approx((0.137925 + 0.169195) / 4, abs=1e-6)
 
 
+def test_a_floor_is_one_over_the_clips_of_all_folds(tmp_path):
+    two, six = [run for run in tables.all_runs(EXPERIMENTS, wanted(tmp_path, folds=2, seeds=1)) if run.row == "SFT"]
+    finish(two)
+    finish(six, Q * 3)
+    path = six.evaluation / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["bounds"]["prior"]["js"] = 0.7
+    path.write_text(json.dumps(summary))
+    line = results.bound("prior", [two, six])
+    assert line.ours[0].mean == pytest.approx((2 * 0.3 + 6 * 0.7) / 8)  # a mean of the folds would be .5
+    assert line.clips == 8
+
+
 def test_rows_of_another_corpus_stand_above_its_own_floors(tmp_path):
     found = [r for r in tables.all_runs(EXPERIMENTS, wanted(tmp_path, lab=True, seeds=1)) if r.corpus == "tiny"]
     text = typeset.markdown(tables.sheet(EXPERIMENTS, "tiny", "", "tiny", found))
@@ -397,6 +410,7 @@ def test_orderings_are_judged_by_paired_differences(tmp_path):
     assert more.verdict(0.05, 0.05) == "does not hold"
     # -.138 for one of two speakers in each fold and 0 for the other: the mean is -.069, the interval holds -.05.
     assert near.difference.mean == pytest.approx(-0.137925 / 2, abs=1e-6)
+    assert near.agreeing == 0  # no seed's mean is that near, on either side
     assert near.verdict(0.05, 0.05) == "undecided"
     assert near.verdict(0.2, 0.05) == "holds"
     assert near.verdict(0.01, 0.05) == "does not hold"

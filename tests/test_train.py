@@ -6,11 +6,15 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
+from ml_collections import FrozenConfigDict
 
-from ambijax import checkpoint, digest, manifest, settings
+from ambijax import algorithms, checkpoint, digest, emotions, manifest, metrics, settings
+from ambijax import train as training
 from ambijax.errors import ConfigError
 from tests.command import assert_same_run, interrupt, lines, logged, needs_tiny, only_message, run, spent, train
 
@@ -103,12 +107,16 @@ def test_the_best_on_dev_is_the_runs_model(grpoz):
     assert spent["evaluation"] > 0
 
 
-def test_advantages_follow_from_the_rewards_that_were_written_down(grpoz):
+def test_advantages_follow_from_the_rewards_that_were_written_down(grpoz, corpus):
     workdir, _ = grpoz
     groups = lines(workdir / "samples.jsonl")
     assert len(groups) == 4 * 4
+    votes = {u.id: u.votes for u in manifest.read(corpus).utterances}
     for line in groups:
         group = line["group"]
+        p = emotions.soft_label(votes[line["id"]], emotions.CREMAD)
+        for member in group[:-1]:  # nor is a roll-out held against the votes of another clip
+            assert member["js"] == pytest.approx(metrics.js(p, member["readout"]), abs=1e-6)
         assert [member.get("gold", False) for member in group] == [False] * 2 + [True]
         for member in group[:-1]:
             assert member["reward"] == pytest.approx(1 - member["js"] + member["format"])
@@ -161,6 +169,33 @@ def test_predict_gives_the_evaluated_distribution(grpoz, corpus):
         found = json.loads(line)
         np.testing.assert_allclose(list(found["distribution"].values()), record["readout"], atol=1e-4)
         assert record["reasoning"].startswith(found["reasoning"])
+
+
+def test_every_step_of_every_seed_draws_from_a_key_of_its_own(monkeypatch):
+    """A peer hands every roll-out the same key."""
+    keys = []
+
+    def collected(setting: object, variables: dict, batch: object, key: jax.Array) -> tuple:
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        return (), {}, []
+
+    monkeypatch.setattr(algorithms, "collect", collected)
+    state = SimpleNamespace(step=0, replace=lambda step: step)
+    batches = SimpleNamespace(batch_at=lambda *_: SimpleNamespace(prompt=SimpleNamespace(example=[])))
+    for seed, step in itertools.product((0, 1), (0, 1)):
+        config = FrozenConfigDict(
+            {"seed": seed, "algorithm": "grpo", "data": {"batch_size": 1}, "grpo": {"updates": 2}}
+        )
+        run = SimpleNamespace(
+            setting=SimpleNamespace(config=config),
+            sets={"train": batches},
+            clock=SimpleNamespace(lap=lambda _: None),
+            variables=lambda _: {},
+            update=lambda state, frozen, parts, key: (state, {}),
+            frozen={},
+        )
+        assert training.advance(run, state, step)[0] == 1
+    assert len({*keys}) == 4
 
 
 MISTAKES = [
