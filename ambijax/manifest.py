@@ -170,6 +170,8 @@ def _csv(path: Path) -> Iterator[tuple[str, object]]:
             header = reader.fieldnames or []
             if len(header) == 1 and (other := next((c for c in ";\t" if c in header[0]), "")):
                 raise DataError(f"{path}: its columns are separated by {other!r}; save it with commas")
+            if "" in header:
+                raise DataError(f"{path}: a column has no name; leave it out, in pandas by index=False")
             if len(set(header)) < len(header):
                 raise DataError(f"{path}: a column stands twice in {', '.join(header)}")
             for row in reader:
@@ -188,7 +190,8 @@ def _from_row(row: dict, where: str) -> dict:
     try:
         record["votes"] = {emotion: float(cell) for emotion, cell in votes.items() if cell.strip()}
         if "fold" in record:
-            record["fold"] = int(record["fold"])
+            fold = float(record["fold"])  # 2.0, as pandas writes a column with gaps
+            record["fold"] = int(fold) if fold.is_integer() else fold
     except ValueError as error:
         raise DataError(f"{where}: fold and votes must be numbers: {error}") from None
     return record
@@ -215,7 +218,7 @@ def read(root: str | Path, *, renames: bool = False) -> Corpus:
                 raise DataError(f"{where}: id {utterance.id} stands in the manifest already")
             utterances[utterance.id] = utterance
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8: {error}") from None
+        raise DataError(f"{path}: not UTF-8: {error}; save it as UTF-8") from None
     if not utterances:
         raise DataError(f"{path} holds no utterance")
     if not renames:
