@@ -14,7 +14,7 @@ from ambijax.agent import Setting
 from ambijax.corpora import synthetic
 from ambijax.errors import AmbijaxError, ConfigError, DataError
 from ambijax.model import qwen2_audio
-from ambijax.workdir import check_writable
+from ambijax.workdir import check_writable, existing
 
 STATE = 3  # numbers a trained parameter: itself and Adam's two moments
 
@@ -25,7 +25,8 @@ def check(config: FrozenConfigDict, directory: Path, *, write: bool) -> Setting:
     Args:
       config: passed `settings.check`.
       directory: the run's.
-      write: create a synthetic corpus that is not there, unless something else is wrong: it takes a while.
+      write: create the run's directory, and a synthetic corpus that is not there, unless something else is wrong: it
+        takes a while.
 
     Raises:
       ConfigError, DataError: lists all problems of mesh, model, tokenizer, weights, corpus and disk.
@@ -34,7 +35,7 @@ def check(config: FrozenConfigDict, directory: Path, *, write: bool) -> Setting:
     steps = (
         lambda: found.append(assemble.setting(config)),
         lambda: convert.check(config.model.checkpoint),
-        lambda: _check_disk(found[0], directory) if found else None,
+        lambda: _check_disk(found[0], directory if write else existing(directory)) if found else None,
         lambda: _check_start(config, directory),
         lambda: checkpoint.check_settings(directory / "checkpoints", assemble.told(config)),
         lambda: assert_tracker_installed(config.tracker),
@@ -164,7 +165,7 @@ def plan(setting: Setting, directory: Path) -> str:
             clips += f"; {sum(bool(u.cot) for u in parts['train'])} to train on have a chain of thought"
         epochs = f", {c.steps * c.data.batch_size / max(1, sizes['train']):.1f} epochs"
     trained = trained_parameters(setting.model, c.optim.train)
-    size, free = checkpoint_bytes(setting.model, c.optim.train) / 1e6, shutil.disk_usage(directory).free / 1e9
+    size, free = checkpoint_bytes(setting.model, c.optim.train) / 1e6, shutil.disk_usage(existing(directory)).free / 1e9
     rows = {
         "algorithm": c.algorithm,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}, data {shape['data']} x fsdp "

@@ -27,6 +27,7 @@ from ambijax.model import config as model_config
 from ambijax.published import published
 from ambijax.runs import Run
 from ambijax.typeset import Sheet
+from ambijax.workdir import existing
 
 EXPERIMENTS = Path("configs", "tables.py")
 OWNERS = {"dpo": ("dpo",), "grpo": ("grpo", "grpoz"), "reward": ("grpo", "grpoz")}  # of sections not all configs have
@@ -128,15 +129,11 @@ def plan(everything: Sequence[Run], stated: dict[str, float]) -> str:
         f"{'at least ' * (not known)}{hours:.1f} hours of training, one after another; evaluation comes on top"
         + "; --seconds_per_step ROW=S completes the rows marked ?" * (not known)
     )
-    free = shutil.disk_usage(_existing(everything[0].directory)).free
+    free = shutil.disk_usage(existing(everything[0].directory)).free
     lines.append(f"{disk / 1e9:.1f} GB to be written, {free / 1e9:.1f} GB free")
     if disk > free:
         raise ConfigError(f"the runs need {disk / 1e9:.1f} GB, {free / 1e9:.1f} are free; choose another --out")
     return "\n".join(lines)
-
-
-def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.absolute().parent)
 
 
 def _disk(run: Run) -> int:

@@ -29,6 +29,11 @@ def check_writable(directory: Path) -> None:
         raise ConfigError(f"cannot write to {directory}: {error.strerror}; choose another directory") from None
 
 
+def existing(path: Path) -> Path:
+    """The path, or the nearest of its parents that is there."""
+    return path if path.exists() else existing(path.absolute().parent)
+
+
 def replace(path: Path, text: str) -> None:
     """Writes a file whole or not at all: beside its name first, then in its place.
 

@@ -386,6 +386,9 @@ def test_the_doctor_says_what_is_here_and_no_key(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["ambijax.doctor", *arguments])
     doctor.main()
     assert "training could start" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["ambijax.doctor", *arguments, "--workdir=new/run"])
+    doctor.main()
+    assert not (tmp_path / "new").exists()  # it only looks
     monkeypatch.setattr("sys.argv", ["ambijax.doctor", *arguments, "--config.mesh.data=3"])
     with pytest.raises(ConfigError, match="does not make 8 devices"):
         doctor.main()
