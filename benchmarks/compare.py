@@ -34,7 +34,7 @@ from benchmarks import shapes, table  # noqa: E402
 from benchmarks.shapes import Shape  # noqa: E402
 
 ROWS = (
-    *("matrix", "products", "attention", "read", "logits", "features", "tower", "readout", "sft"),
+    *("matrix", "products", "attention", "token", "read", "logits", "features", "tower", "readout", "sft"),
     *("sft_live", "sft_mixed", "sft_mixed_padded", "dpo", "rollout", "grpoz"),
 )
 COMPARED = ("logits", "readout")  # rows whose outputs are held against each other

@@ -14,7 +14,7 @@ from ml_collections import FrozenConfigDict
 
 from ambijax import agent, algorithms, audio, compilation, convert, data, features, policy, sharding, update
 from ambijax.model import config as model_config
-from ambijax.model import layers, qwen2_audio
+from ambijax.model import layers, qwen2_audio, transposed
 from ambijax.structs import Batch, Completions, Preferences, Prompt
 from benchmarks import shapes
 from benchmarks.shapes import VOCABULARY, Shape
@@ -206,6 +206,23 @@ def attention(side: Side) -> Step:
     return step
 
 
+def token(side: Side) -> Step:
+    """Every frozen matrix times a token of all samples, each of what the one before made, as often as a roll-out."""
+    sizes, columns = shapes.token(side.shape)
+    draw = jax.jit(lambda key, size: jax.random.normal(key, size, side.model.dtype) / size[1] ** 0.5, static_argnums=1)
+    weights = [draw(jax.random.key(i), size) for i, size in enumerate(sizes)]
+    x = draw(jax.random.key(0), (side.shape.hidden, columns))
+    meet = lambda x, w: transposed.product(w, x[: w.shape[1]], x.dtype)  # noqa: E731
+    through = jax.jit(lambda x, weights: functools.reduce(meet, weights, x))
+
+    def step() -> dict[str, float]:
+        began = time.perf_counter()
+        through(x, weights).block_until_ready()
+        return {"total": side.shape.new_tokens * (time.perf_counter() - began)}
+
+    return step
+
+
 def read(side: Side) -> Step:
     x = jnp.ones(shapes.read_size(jax.default_backend() == "cpu"), jnp.float32)
     total = jax.jit(lambda x: x.sum(axis=1))
@@ -349,6 +366,7 @@ ROWS = {
     "matrix": matrix,
     "products": products,
     "attention": attention,
+    "token": token,
     "read": read,
     "logits": logits,
     "features": features_row,

@@ -175,6 +175,24 @@ def attention(side: Side) -> Step:
     return step
 
 
+def token(side: Side) -> Step:
+    """Ours, by torch: rows times each matrix, as its linear layers have it."""
+    sizes, rows = shapes.token(side.shape)
+    draw = functools.partial(torch.randn, dtype=getattr(torch, side.shape.dtype), device=DEVICE)
+    weights = [draw(size) / size[1] ** 0.5 for size in sizes]
+    x = draw((rows, side.shape.hidden))
+    meet = lambda x, w: F.linear(x[:, : w.shape[1]], w)  # noqa: E731
+
+    def step() -> dict[str, float]:
+        began = time.perf_counter()
+        with torch.no_grad():
+            functools.reduce(meet, weights, x)
+        wait()
+        return {"total": side.shape.new_tokens * (time.perf_counter() - began)}
+
+    return step
+
+
 def read(side: Side) -> Step:
     x = torch.ones(shapes.read_size(DEVICE.type == "cpu"), device=DEVICE)
     return lambda: (x.sum(1), wait())
@@ -345,6 +363,7 @@ ROWS = {
     "matrix": matrix,
     "products": products,
     "attention": attention,
+    "token": token,
     "read": read,
     "logits": logits,
     "features": features_row,

@@ -215,6 +215,13 @@ def attention(shape: Shape) -> int:
     return 2 * shape.hidden * shape.layers * shape.clips * pairs * (2 * shape.samples + 7 * (shape.samples + 1))
 
 
+def token(shape: Shape) -> tuple[list[tuple[int, int]], int]:
+    """[outputs, inputs] of every frozen matrix that a roll-out's next tokens meet, in turn, and how many they are."""
+    h, m = shape.hidden, shape.mlp
+    layer = [(3 * h, h), (h, h), (2 * m, h), (h, m)]
+    return [*layer * shape.layers, (shape.vocabulary, h)], shape.clips * shape.samples
+
+
 def clips(shape: Shape, count: int) -> list[np.ndarray]:
     """Noise with a slow loudness contour, float32 [samples] each."""
     rng = np.random.default_rng(0)

@@ -98,4 +98,8 @@ def test_the_limit_of_grpoz_by_hand():
     # A completion's three tokens meet the prompt's ten and 1, 2 and 3 of their own; five products are the gradient's.
     assert shapes.attention(shape) == 2 * (30 + 6) * (2 * 2 + (2 + 5) * 3)
     # Three tokens, each: eight weights, a key and a value of the prompt's ten and of half of the six to be written.
-    assert table._bytes_of_decoding(shape) == 3 * 4 * (8 + 2 * (10 + 3))
+    assert table._bytes_of_decoding(shape) == (3 * 4 * 8, 3 * 4 * 2 * (10 + 3))
+    # Queries, keys and values are one matrix there, gate and up another; a prompt's two samples are decoded at once.
+    assert shapes.token(shape) == ([(3, 1), (1, 1), (2, 1), (1, 1), (1, 1)], 2)
+    sizes, _ = shapes.token(shapes.PRESETS["67m"])
+    assert sum(map(math.prod, sizes)) == shapes.PRESETS["67m"].matrix_parameters
