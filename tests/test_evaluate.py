@@ -292,7 +292,7 @@ def test_slices_by_hand():
         _record(0, [4, 0, 0], q, speaker="s2", gender="female"),
         _record(1, [5, 0, 0], q, speaker="s10", gender=None),
         _record(2, [2, 2, 0], q, speaker="s2", gender="female"),
-        _record(3, [0, 2, 2], q, speaker="s2", gender="female"),
+        _record(3, [0, 6, 6], q, speaker="s2", gender="female"),
         _record(4, [1, 1, 1], q, speaker="s10", gender="male"),
         _record(5, [2, 2, 2], q, speaker="s10", gender="male"),
     ]
@@ -302,7 +302,7 @@ def test_slices_by_hand():
         # Entropies 0 0 1 1 1.58 1.58: the quantiles at 1/3 and 2/3 lie between them.
         "ambiguity": {"up to 0.67 bits": 2, "up to 1.19 bits": 2, "above 1.19 bits": 2},
         "classes": {"1": 2, "2": 2, "3": 2},
-        "annotators": {"3": 1, "4": 3, "5": 1, "6": 1},
+        "annotators": {"3": 1, "4": 2, "5": 1, "6": 1, "12": 1},
         "speaker": {"s10": 3, "s2": 3},
         "gender": {"female": 3, "male": 2, "unknown": 1},
     }
@@ -310,6 +310,7 @@ def test_slices_by_hand():
     assert found["gender"]["male"]["js"] == pytest.approx((js[4] + js[5]) / 2)
     assert found["annotators"]["3"]["js_interval"] is None
     assert f"unknown                 1{js[1]:>8.3f}{'':16}   0.775" in slices.table(found)
+    assert list(found["annotators"]) == ["3", "4", "5", "6", "12"]  # by value, where letters would put 12 first
     low, high = found["classes"]["2"]["js_interval"]
     assert js[2] <= low + 1e-12 < high <= js[3] + 1e-12
     assert "up to 0.67 bits         2" in slices.table(found)

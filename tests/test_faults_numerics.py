@@ -25,11 +25,13 @@ EMBEDDING = "language_model.model.embed_tokens.weight"
 
 
 def judged(losses: list[float], *, sigma: float, window: int = 4) -> list[bool]:
-    state, applied = guard.start(window), []
+    state, applied, in_a_row = guard.start(window), [], 0
     judge = jax.jit(lambda state, loss: guard.judge(state, loss, jnp.float32(1), sigma=sigma))
     for loss in losses:
         apply, state = judge(state, jnp.float32(loss))
         applied.append(bool(apply))
+        in_a_row = 0 if apply else in_a_row + 1
+        assert int(state.in_a_row) == in_a_row
     assert int(state.applied) == sum(applied)
     assert int(state.skipped) == len(applied) - sum(applied)
     return applied
