@@ -197,6 +197,15 @@ def test_buckets_add_up_over_restarts_and_lost_steps_do_not_count(tmp_path, monk
     assert account["starts"] == 2
     assert "goodput 50 % of 36 s in 2 starts" in second.summary()
 
+    # An older checkpoint than the account remembers: nothing is known to be lost. A run begun anew: all of it is.
+    third = goodput.Clock(path)
+    for step in range(100, 120):
+        third.saved(step)
+    third.resumed(4)
+    assert third.productive == second.productive
+    third.resumed(0)
+    assert third.productive == 0
+
 
 @pytest.mark.parametrize("text", [b"", b"{}", b"\0", b'{"seconds": {"init": "x"}}', b"[]"])
 def test_a_damaged_account_starts_anew(tmp_path, text):
