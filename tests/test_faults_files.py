@@ -6,8 +6,10 @@ F10, F13, F15 to F20; damaged checkpoints (F11, F12, F14) and full disks (F09) a
 import json
 import resource
 import shutil
+import threading
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import numpy as np
@@ -229,6 +231,16 @@ def test_the_watchdog_writes_all_stacks_and_says_so(tmp_path, caplog):
     with Watchdog(tmp_path / "quiet.txt", 1000) as dog:
         dog.feed()
     assert not (tmp_path / "quiet.txt").exists()
+
+
+def test_stacks_are_written_from_c_where_no_thread_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(threading, "Timer", lambda *_: mock.Mock())
+    with Watchdog(tmp_path / "stacks.txt", 0.05) as dog:
+        dog.feed()
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "stacks.txt").stat().st_size and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert "test_stacks_are_written_from_c" in (tmp_path / "stacks.txt").read_text()
 
 
 # A run that is not the one whose checkpoints are there.
