@@ -93,6 +93,27 @@ def test_a_kept_output_is_the_computed_one_bit_for_bit(hear):
     assert not [s for s in first + again if isinstance(s.values, np.ndarray)]  # they lie on the disk, not in memory
 
 
+def test_clips_of_one_batch_are_each_heard_to_their_own_end(params):
+    rng = np.random.default_rng(0)
+    sounds = [rng.normal(size=n).astype(np.float32) for n in (16_000, 30_000)]
+    clips = [features.Clip(audio.mel_frames(len(sound)), lambda sound=sound: sound) for sound in sounds]
+    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        encoded = dict(features.encode(small.model(), {"params": params}, mesh, clips, (256,)))
+    for i, sound in enumerate(sounds):
+        mel = audio.log_mel(sound, 256, 8)[None]
+        alone = small.model().apply({"params": params}, mel, jnp.array([clips[i].frames]), method="encode")[0]
+        expected = alone[: audio.tokens(clips[i].frames)]
+        assert encoded[i].values.shape == expected.shape
+        np.testing.assert_allclose(encoded[i].values, expected, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+def test_a_clip_that_is_not_as_long_as_its_header_says_is_named(hear, wavs, monkeypatch):
+    monkeypatch.setattr(audio, "declared_frames", lambda path: 20)
+    with pytest.raises(DataError, match=rf"{wavs[0]}: \d+ mel frames of sound where its header promises 20"):
+        hear(directory="")
+
+
 def test_a_rare_long_clip_holds_no_other_up(params):
     """Its batch is never full; what waited for it would be lost with the process, and fill the memory until then."""
     taken = []
