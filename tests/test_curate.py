@@ -156,6 +156,13 @@ def test_dry_run_estimates_and_calls_nothing(go, monkeypatch: pytest.MonkeyPatch
     assert not list(go.out.parent.glob("cot*"))
 
 
+def test_one_attempt_costs_at_most_what_a_long_first_draft_does(go) -> None:
+    longest = {"writer__expected_tokens": get_config().writer.max_completion_tokens}
+    said = go(3, None, "--dry_run", attempts=1, validator="none", **longest)
+    passes, most = (float(x) for x in re.findall(r"\$(\d+\.\d+)", said)[:2])
+    assert passes == most > 0
+
+
 def test_estimate_bounds_what_a_run_costs(go, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every draft and verdict as long as allowed, all attempts used up: the bill stays under the estimate's bound."""
     long = "x" * 1800  # 600 tokens of three bytes
@@ -742,6 +749,30 @@ def test_a_request_counts_as_the_most_that_it_could_use() -> None:
     limiter.done(limiter.take(20), 30)
     assert not limiter.take(11)
     assert limiter.take(10)
+
+
+def test_of_two_waits_the_longer_one_holds() -> None:
+    now = [0.0]
+    limiter = limits.Limiter(10, 100, clock=lambda: now[0])
+    limiter.hold(30)
+    limiter.hold(5)
+    now[0] = 29.0
+    assert not limiter.take(1)
+    now[0] = 30.0
+    assert limiter.take(1)
+
+
+def test_results_of_clips_that_are_not_asked_about_stay(tmp_path: Path) -> None:
+    """A manifest without them may be a mistake, and what was paid for is not to be lost by it."""
+    out = tmp_path / "cot.jsonl"
+    ends = {"gone": "accepted", "other": "accepted", "here": "accepted", "bad": "failed"}
+    votes = {"gone": {"sad": 1}, "other": {"sad": 2}, "here": {"sad": 1}, "bad": {"sad": 1}}
+    lines = [{"id": i, "status": status, "reason": "", "votes": votes[i]} for i, status in ends.items()]
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    now = {i: {"sad": 1} for i in ("other", "here", "bad")}
+    assert ledger.finished(out, now) == {"gone", "here"}
+    ledger.forget_unfinished(out, now)
+    assert [record["id"] for record in ledger.results(out)] == ["gone", "here"]
 
 
 def test_two_roles_of_one_model_share_the_tighter_of_their_limits(go, monkeypatch: pytest.MonkeyPatch) -> None:
