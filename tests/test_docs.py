@@ -154,8 +154,10 @@ def lab(tmp_path_factory) -> Path:
 
 def _run(place: Path, command: Command) -> None:
     words = [sys.executable, "-m", command.module, *command.arguments]
-    if command.module == "ambijax.tables" or "--config" in words:
+    if "--config" in words:
         words += FEW
+    if command.module == "ambijax.tables":
+        words += FEW[1:]  # it sets the steps of its runs itself
     if command.module == "ambijax.demo":
         words.append("--help")  # it serves until it is stopped; tests/test_demo.py opens it
     line = " ".join(word if "*" in word else shlex.quote(word) for word in words)  # the shell finds the files
