@@ -251,6 +251,11 @@ def load_trained(directory: Path, *, best: bool) -> tuple[int, dict, dict]:
     return record["step"], params, record["meta"]
 
 
+def scored(directory: Path) -> bool:
+    """Whether a checkpoint in `directory` has a dev score."""
+    return _best(_steps(directory)) is not None
+
+
 def exists(directory: Path) -> bool:
     """Whether a checkpoint was ever completed in `directory`, intact or not."""
     return bool(_steps(directory))

@@ -225,7 +225,8 @@ def _answer(args: argparse.Namespace, config: FrozenConfigDict, asked: FrozenCon
         return
     rows = summary["bounds"] | {name: summary}
     if summary["calibrated"]:
-        rows[f"{name}, T = {temperature:.2f}"] = summary["calibrated"]
+        bound = " (bound)" if temperature in (calibration.COLDEST, calibration.HOTTEST) else ""
+        rows[f"{name}, T = {temperature:.2f}{bound}"] = summary["calibrated"]
     print(f"{summary['clips']} clips, {summary['left_out']} left out without a vote on {', '.join(summary['labels'])}")
     print(table(rows))
     if "js" in summary["intervals"]:

@@ -58,6 +58,10 @@ def export(
         on, or `out` exists or cannot be written.
     """
     config = settings.load(run)
+    if best and not checkpoint.scored(run / "checkpoints"):
+        raise ConfigError(
+            f"no checkpoint of {run} has a score on dev: leave --best out, or train with eval.every above 0"
+        )
     best = best or config.eval.checkpoint == "best"
     step, trained, meta = checkpoint.load_trained(run / "checkpoints", best=best)
     base_model = base_model or config.model.checkpoint

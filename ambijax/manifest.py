@@ -170,6 +170,8 @@ def _csv(path: Path) -> Iterator[tuple[str, object]]:
             header = reader.fieldnames or []
             if len(header) == 1 and (other := next((c for c in ";\t" if c in header[0]), "")):
                 raise DataError(f"{path}: its columns are separated by {other!r}; save it with commas")
+            if "votes" in header:
+                raise DataError(f"{path}: votes is no column of a table; give each emotion its own, votes.anger say")
             if "" in header:
                 raise DataError(f"{path}: a column has no name; leave it out, in pandas by index=False")
             if len(set(header)) < len(header):

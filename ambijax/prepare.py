@@ -144,7 +144,7 @@ def _read(args: argparse.Namespace) -> Release:
 
 
 def _assert_nothing_lost(out: Path, release: Release) -> None:
-    """Raises ConfigError: a manifest that is there has chains of thought, and the new one would not have them."""
+    """Raises ConfigError: a manifest that is there is somebody's own, or has chains of thought that would be gone."""
     if (out / "manifest.csv").is_file():
         raise ConfigError(f"--out={out} holds a manifest.csv, and a corpus has one manifest; choose another --out")
     try:
@@ -153,8 +153,13 @@ def _assert_nothing_lost(out: Path, release: Release) -> None:
         if re.search(rb'"cot": *"[^"]', (out / "manifest.jsonl").read_bytes()):
             raise ConfigError(f"{error}; mend that or move the manifest away: it has chains of thought") from None
         return  # a broken one without any is worth writing anew
-    kept = {u.id: u.cot for u in release.utterances}
-    if there and (lost := [u.id for u in there.utterances if u.cot and kept.get(u.id) != u.cot]):
+    kept = {u.id: u for u in release.utterances}
+    if there and not (out / "corpus.json").is_file() and any(kept.get(u.id) != u for u in there.utterances):
+        raise ConfigError(
+            f"{out / 'manifest.jsonl'} is none of this command's, for no corpus.json lies beside it, and would be "
+            "overwritten; move it away, or choose another --out"
+        )
+    if there and (lost := [u.id for u in there.utterances if u.cot and (u.id not in kept or kept[u.id].cot != u.cot)]):
         raise ConfigError(
             f"{out / 'manifest.jsonl'} has {len(lost)} chains of thought that this would remove, for one that of "
             f"{lost[0]}; move it away, or choose another --out"

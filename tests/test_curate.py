@@ -775,6 +775,17 @@ def test_results_of_clips_that_are_not_asked_about_stay(tmp_path: Path) -> None:
     assert [record["id"] for record in ledger.results(out)] == ["gone", "here"]
 
 
+def test_a_file_that_is_not_ours_stays_what_it_is(tmp_path: Path) -> None:
+    out = tmp_path / "notes.jsonl"
+    for text in ('[{"id": "a"}]', '{"notes": "mine"}', "notes"):  # one line each, without an end
+        out.write_text(text)
+        with pytest.raises(DataError, match=r"notes\.jsonl is no result of ambijax\.curate; choose another --out"):
+            ledger.results(out)
+    for text in ("", '{"id', '{"id": "u0", "vot'):  # of a killed process
+        out.write_text(text)
+        assert ledger.results(out) == []
+
+
 def test_two_roles_of_one_model_share_the_tighter_of_their_limits(go, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "WINDOW", 0.5)
     with serving(lambda call: completion("CONSISTENT" if "CONSISTENT" in call.text else GOLD)) as server:

@@ -298,6 +298,8 @@ def test_best_is_the_best(tmp_path, run):
     a = weights["lora"]["language_model"]["layers"]["up_proj"]["a"]
     np.testing.assert_array_equal(load_file(tmp_path / "out" / "adapter_model.safetensors")[key], a[0].T)
     assert "1 of 3, the best on dev" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(ConfigError, match=r"no checkpoint of .* has a score on dev: leave --best out"):
+        export.export(run, "peft", tmp_path / "none", best=True)
 
 
 def test_refusals(run, tower, full, tmp_path):

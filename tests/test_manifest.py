@@ -129,6 +129,7 @@ def test_csv_is_the_same_manifest(tmp_path):
         ('id,audio\n"a"b,c\n', "csv:2: not CSV"),
         ("id,audio,votes.anger,votes.anger\na,a.wav,1,\n", "csv: a column stands twice in id, audio, votes"),
         ("id,audio,transcript,speaker,fold,votes.anger\n", "holds no utterance"),
+        ('id,votes\na,"{""anger"": 1}"\n', "csv: votes is no column of a table; give each emotion its own"),
     ],
 )
 def test_broken_csv_is_named(tmp_path, text, message):

@@ -56,6 +56,18 @@ def own_corpus(root, **clips):
     return root
 
 
+def test_somebodys_own_manifest_is_not_overwritten(tmp_path):
+    root = own_corpus(tmp_path / "own", a={"anger": 2}, b={"sadness": 1})
+    other = own_corpus(tmp_path / "other", c={"anger": 1}, d={"sadness": 2})
+    before = (other / "manifest.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"manifest\.jsonl is none of this command's, .* choose another --out"):
+        run(root, other, corpus="manifest")
+    assert (other / "manifest.jsonl").read_bytes() == before
+    run(root, tmp_path / "out", corpus="manifest")
+    (tmp_path / "out" / "corpus.json").unlink()  # ended in between: what is there is what is written
+    run(root, tmp_path / "out", corpus="manifest")
+
+
 # What it leaves ------------------------------------------------------------------------------------------------------
 
 

@@ -95,14 +95,21 @@ def read(path: Path) -> tuple[list[dict], int]:
     return records, whole
 
 
+_BEGIN = b'{"id": "'  # of a result's line: what stands in a file without a whole one must be the begin of one
+
+
 def results(path: Path) -> list[dict]:
     """The items that ended so far; none when there is no file yet.
 
     Raises:
       DataError: the file holds something else.
     """
-    records = read(path)[0] if path.is_file() else []
-    if any(not isinstance(record.get(name), str) for record in records for name in ("id", "status", "reason")):
+    records, whole = read(path) if path.is_file() else ([], 0)
+    fit = all(isinstance(record.get(name), str) for record in records for name in ("id", "status", "reason"))
+    if path.is_file() and not whole:
+        with path.open("rb") as file:
+            fit = _BEGIN.startswith(file.read(len(_BEGIN)))
+    if not fit:
         raise DataError(f"{path} is no result of ambijax.curate; choose another --out")
     return records
 
