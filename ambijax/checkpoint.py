@@ -49,10 +49,23 @@ def check_meta(saved: dict, current: dict, where: Path) -> None:
     saved, current = ({k: v for k, v in tree.items() if k not in rules.FREED} for tree in (saved, current))
     if keys := sorted(key for key in saved | current if saved.get(key) != current.get(key)):
         shown = ["algorithm"] if "algorithm" in keys else keys
-        both = "; ".join(
-            f"{key} is {saved.get(key)!r} in the checkpoint and {current.get(key)!r} in this run" for key in shown
-        )
+        both = "; ".join(_differs(key, saved.get(key), current.get(key)) for key in shown)
         raise ConfigError(f"{where} does not fit: {both}; restore these values or choose another --workdir")
+
+
+# What a digest of `assemble.identity` is of: its hexadecimal digits tell nobody what has changed.
+_DIGESTS = {
+    "base": "the base weights",
+    "tokenizer": "the tokenizer",
+    "corpus": "the corpus (a line of its manifest, a chain of thought, or a sound)",
+}
+
+
+def _differs(key: str, saved: object, current: object) -> str:
+    if key in _DIGESTS and isinstance(saved, str) and isinstance(current, str):
+        return f"{_DIGESTS[key]} changed since the checkpoint ({key} was {saved[:12]} and is {current[:12]})"
+    advice = " (a new run goes on from a finished one by init_from)" if key == "steps" else ""
+    return f"{key} is {saved!r} in the checkpoint and {current!r} in this run{advice}"
 
 
 def check_settings(directory: Path, settings: dict) -> None:

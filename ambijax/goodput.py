@@ -36,9 +36,9 @@ class Clock:
             *(OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
         ):
             before = json.loads(path.read_bytes()) if path else {}
-            self.seconds = {bucket: float(before["seconds"][bucket]) for bucket in BUCKETS}
-            self._done_at = {int(step): float(seconds) for step, seconds in before["productive_at"].items()}
-            self._starts = int(before["starts"]) + 1
+            seconds = {bucket: float(before["seconds"][bucket]) for bucket in BUCKETS}
+            done_at = {int(step): float(seconds) for step, seconds in before["productive_at"].items()}
+            self._starts, self.seconds, self._done_at = int(before["starts"]) + 1, seconds, done_at
         self._lap, self._written, self._compiled = STARTED, STARTED, 0.0
 
     @property

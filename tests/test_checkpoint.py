@@ -432,7 +432,7 @@ def test_check_meta_names_every_difference_with_both_values(tmp_path):
     for text in (
         str(tmp_path),
         "rank is 4 in the checkpoint and 16 in this run",
-        "base is 'a1b2' in the checkpoint and 'ffff' in this run",
+        "the base weights changed since the checkpoint (base was a1b2 and is ffff)",
         "dtype is 'float32' in the checkpoint and None in this run",
     ):
         assert text in str(error.value)

@@ -209,7 +209,10 @@ def test_buckets_add_up_over_restarts_and_lost_steps_do_not_count(tmp_path, monk
     assert third.productive == 0
 
 
-@pytest.mark.parametrize("text", [b"", b"{}", b"\0", b'{"seconds": {"init": "x"}}', b"[]"])
+HALF = json.dumps({"seconds": dict.fromkeys(goodput.BUCKETS, 9.0), "starts": 3}).encode()  # not what a checkpoint saved
+
+
+@pytest.mark.parametrize("text", [b"", b"{}", b"\0", b'{"seconds": {"init": "x"}}', b"[]", HALF])
 def test_a_damaged_account_starts_anew(tmp_path, text):
     (tmp_path / "goodput.json").write_bytes(text)
     clock = goodput.Clock(tmp_path / "goodput.json")
@@ -280,7 +283,8 @@ def begun(tmp_path_factory):
         ("--config.lora.audio_tower=True", "lora.audio_tower is False in the checkpoint and True in this run"),
         ("--config=configs/grpo.py:tiny", "algorithm is 'grpoz' in the checkpoint and 'grpo' in this run"),
         ("--config.model.dtype=bfloat16", "model.dtype is 'float32' in the checkpoint and 'bfloat16' in this run"),
-        ("--config.seed=1", "seed is 0 in the checkpoint and 1 in this run"),
+        ("--config.seed=1", "seed is 0 in the checkpoint and 1 in this run; restore"),
+        ("--config.steps=99", "99 in this run (a new run goes on from a finished one by init_from); restore"),
         ("--config.grpo.samples=2", "grpo.samples is 8 in the checkpoint and 2 in this run"),
         ("--config.data.windows=(512,)", r"data.windows is [256] in the checkpoint and [512] in this run"),
     ],
@@ -314,14 +318,17 @@ def flip(path, at: float = 0.9) -> None:
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda root: flip(root / "model" / "model.safetensors"), "base is "),
+        (lambda root: flip(root / "model" / "model.safetensors"), "the base weights changed"),
         (
             lambda root: edit(root / "model" / "config.json", '"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06'),
             "shape.",
         ),
-        (lambda root: edit(root / "model" / "tokenizer.json", "{", "{ "), "tokenizer is "),
-        (lambda root: flip(next((root / "corpus" / "wav").glob("*.wav"))), "corpus is "),
-        (lambda root: edit(root / "corpus" / "manifest.jsonl", '"transcript": "', '"transcript": "Oh, '), "corpus is "),
+        (lambda root: edit(root / "model" / "tokenizer.json", "{", "{ "), "the tokenizer changed"),
+        (lambda root: flip(next((root / "corpus" / "wav").glob("*.wav"))), "the corpus .* changed"),
+        (
+            lambda root: edit(root / "corpus" / "manifest.jsonl", '"transcript": "', '"transcript": "Oh, '),
+            r"the corpus \(.*\) changed since the checkpoint \(corpus was [0-9a-f]{12} and is [0-9a-f]{12}\); restore",
+        ),
     ],
     ids=["base", "model config", "tokenizer", "a bit of a sound", "a transcript"],
 )
@@ -331,7 +338,8 @@ def test_another_base_or_corpus_is_refused(begun, tmp_path, harm, message):
     harm(copy)
     with pytest.raises(ConfigError, match=message) as error:
         main(*(a.replace(str(root), str(copy)) for a in arguments))
-    assert "in the checkpoint and" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert str(error.value).count(";") == 1  # that alone
 
 
 def edit(path, old: str, new: str) -> None:

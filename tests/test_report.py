@@ -370,6 +370,13 @@ def test_a_killed_trainings_last_line_is_left_out(made, tmp_path):
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 20, "lo')
     assert len(reading.read([run], "test", None).runs[0].curves) == 20
+    # Nor does it take the place of the last group of roll-outs among those that are shown.
+    group = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
+    runs.lines(run / "samples.jsonl", [group | {"step": step} for step in range(100)])
+    with (run / "samples.jsonl").open("a") as file:
+        file.write('{"step": 100, "id"')
+    shown = [group["step"] for group in reading.read([run], "test", None).runs[0].rollouts]
+    assert (len(shown), shown[0], shown[-1]) == (reading.ROLLOUTS, 0, 99)
 
 
 def test_runs_of_other_classes_are_not_mixed(made, tmp_path):

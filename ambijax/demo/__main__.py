@@ -21,6 +21,7 @@ from ambijax.corpora import synthetic
 from ambijax.errors import ConfigError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+BRACKETED = ("[::1]", "[")  # the last as an address; and all that Starlette of before 2026 sees of "[::1]:7860"
 EXAMPLES = 6
 # Speakers that no tiny model was trained on; ambiguous clips come about by themselves.
 CORPUS = dataclasses.replace(synthetic.CREMAD_LIKE, seed=7, speakers=EXAMPLES, clips_per_speaker=1)
@@ -56,7 +57,7 @@ def main() -> None:
             print(f"--host {args.host}: everybody who reaches this machine can use the page", file=sys.stderr)
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"open http://{host}:{listening.getsockname()[1]}", flush=True)
-        hosts = [*LOOPBACK[:2], "[::1]"] if args.host in LOOPBACK else ["*"]
+        hosts = [*LOOPBACK[:2], *BRACKETED] if args.host in LOOPBACK else ["*"]
         uvicorn.Server(uvicorn.Config(demo.app(hosts), log_level="warning")).run(sockets=[listening])
 
 

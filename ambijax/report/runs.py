@@ -255,7 +255,7 @@ def _spread(path: Path, k: int) -> list[dict]:
     if not path.is_file():
         return []
     with path.open("rb") as file:
-        count = sum(1 for _ in file)
+        count = sum(line.endswith(b"\n") for line in file)  # a cut last line is none
     wanted = set(np.linspace(0, count - 1, min(ROLLOUTS, count)).astype(int).tolist())
     groups = []
     for number, (where, record) in enumerate(_lines(path, "remove it")):
