@@ -32,6 +32,7 @@ from ambijax import (
     compilation,
     emotions,
     errors,
+    held_out,
     hosts,
     journal,
     manifest,
@@ -206,9 +207,10 @@ def main() -> None:
 def _answer(args: argparse.Namespace, config: FrozenConfigDict, asked: FrozenConfigDict, workdir: Path) -> None:
     """Evaluates, and prints the table."""
     compilation.keep()
-    _check_sounds(asked, args.split)
+    learned = None if args.base or not args.run else workdir
+    _check_asked(asked, args.split, None if args.corpus else learned)
     if args.calibrate:
-        _check_sounds(config, "dev")
+        _check_asked(config, "dev", learned)
     if not args.run and hosts.is_main():
         check_writable(workdir)
         settings.save(config, workdir)
@@ -238,10 +240,16 @@ def _answer(args: argparse.Namespace, config: FrozenConfigDict, asked: FrozenCon
     print(f"written to {workdir / 'eval' / name}")
 
 
-def _check_sounds(config: FrozenConfigDict, split: str) -> None:
-    """Raises DataError: a clip that will be heard is not there; said before the weights are read."""
+def _check_asked(config: FrozenConfigDict, split: str, learned: Path | None) -> None:
+    """What can be wrong with the clips that will be heard, before the weights are read.
+
+    Raises:
+      DataError: one is not there, or the run in `learned` has learned from it.
+    """
     corpus = assemble.corpus(config)
     asked = manifest.voted(assemble.splits(config, corpus)[split], config.data.labels)
+    if learned:
+        held_out.check(learned, split, asked)
     manifest.check_sounds(dataclasses.replace(corpus, utterances=tuple(asked)))
 
 

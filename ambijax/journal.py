@@ -16,13 +16,14 @@ from ambijax.errors import ConfigError
 
 
 def environment() -> dict:
-    """Versions, commit and devices of this run."""
+    """Versions, commit, devices and current directory of this run."""
     packages = ("ambijax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "numba")
     return {
         "python": sys.version.split()[0],
         "packages": {name: importlib.metadata.version(name) for name in packages},
         "commit": commit(),
         "devices": [device.device_kind for device in jax.devices()],
+        "directory": str(Path.cwd()),  # where relative paths of its settings start
     }
 
 

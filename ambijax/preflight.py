@@ -3,13 +3,13 @@
 import importlib.util
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 from ml_collections import FrozenConfigDict
 
-from ambijax import assemble, checkpoint, convert, data, kept, manifest, optim, peft
+from ambijax import assemble, audio, checkpoint, convert, data, held_out, kept, manifest, optim, peft, settings
 from ambijax.agent import Setting
 from ambijax.corpora import synthetic
 from ambijax.errors import AmbijaxError, ConfigError, DataError
@@ -79,6 +79,22 @@ def check_corpus(config: FrozenConfigDict, write: bool) -> None:
                 "them: python -m ambijax.curate writes them and --merge puts them in; or set data.cot=False"
             )
         manifest.check_sounds(corpus)
+        _check_lengths(corpus, [u for utterances in parts.values() for u in utterances], config.data.windows)
+
+
+def _check_lengths(corpus: manifest.Corpus, asked: Sequence[manifest.Utterance], windows: tuple[int, ...]) -> None:
+    """Raises ConfigError: a clip fits into none of the windows, by its header."""
+    longest = max(windows)
+    if longest == audio.N_FRAMES:  # what is longer is cut
+        return
+    frames = {u.id: audio.declared_frames(corpus.path(u)) for u in asked}
+    if long := [u for u in asked if frames[u.id] + audio.SILENT_FRAMES > longest]:
+        worst = max(long, key=lambda u: frames[u.id])
+        raise ConfigError(
+            f"{len(long)} of {len(asked)} clips are longer than the longest of data.windows={tuple(windows)}, which "
+            f"are in hundredths of a second: {corpus.path(worst)} has {frames[worst.id]}, and needs two more for "
+            f"silence; add a window as long, {audio.N_FRAMES} holds every clip"
+        )
 
 
 def learns_reasoning(config: FrozenConfigDict) -> bool:
@@ -119,12 +135,20 @@ def is_to_be_written(config: FrozenConfigDict) -> bool:
 
 
 def _check_start(config: FrozenConfigDict, directory: Path) -> None:
-    """Raises ConfigError: `init_from` is read, for nothing is to be resumed, and holds nothing."""
+    """Whether a run may begin with `init_from`; one that resumes does not read it.
+
+    Raises:
+      ConfigError: it holds nothing.
+      DataError: that run has learned from this corpus, and from speakers that are to be tested on.
+    """
     start = Path(config.init_from)
-    if not config.init_from or checkpoint.exists(directory / "checkpoints"):
+    if not config.init_from or checkpoint.exists(directory / "checkpoints") or peft.is_directory(start):
         return
-    if not peft.is_directory(start) and not checkpoint.exists(start / "checkpoints"):
+    if not checkpoint.exists(start / "checkpoints"):
         raise ConfigError(f"init_from={start}: no run with a checkpoint there, and no PEFT adapter")
+    roots = [manifest.directory(c.data.root).resolve() for c in (settings.load(start), config)]
+    if roots[0] == roots[1] and not is_to_be_written(config):
+        held_out.check(start, "test", assemble.splits(config, assemble.corpus(config))["test"])
 
 
 def assert_tracker_installed(name: str) -> None:

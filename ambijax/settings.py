@@ -15,8 +15,8 @@ from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from ambijax import rules
-from ambijax.errors import ConfigError
-from ambijax.workdir import replace
+from ambijax.errors import ConfigError, DataError
+from ambijax.workdir import read_object, replace
 
 _USAGE = (
     "usage: python -m ambijax.train --config configs/grpoz.py:tiny --workdir runs/tiny [--config.KEY=VALUE ...] "
@@ -176,8 +176,12 @@ def load(workdir: str | Path) -> FrozenConfigDict:
 
 
 def _found(workdir: Path, where: str) -> str:
-    """A path of a run: relative to where its training was started, which is likely a directory above the run's own."""
-    if Path(where).is_absolute() or Path(where).exists():
-        return where
-    there = (parent / where for parent in workdir.resolve().parents)
-    return str(next((path for path in there if path.exists()), where))
+    """A path of a run: relative to where it was started, or, since it may have moved, to a directory above its own.
+
+    What lies under the same name here is the last that can be meant.
+    """
+    homes = [*workdir.resolve().parents, Path.cwd()]
+    with contextlib.suppress(DataError, TypeError):  # a damaged one, or of an earlier version, that does not say
+        homes.insert(0, Path(read_object(workdir / "env.json").get("directory")))
+    there = next((home / where for home in homes if (home / where).exists()), Path(where))
+    return where if there.resolve() == Path(where).resolve() else str(there)

@@ -2,7 +2,7 @@
 
     python -m ambijax.train --config configs/grpoz.py:tiny --workdir runs/tiny [--dry_run]
 
-Started again in the same directory it resumes. Leaves config.json, env.json, metrics.jsonl, samples.jsonl,
+Started again in the same directory it resumes. Leaves config.json, env.json, splits.json, metrics.jsonl, samples.jsonl,
 checkpoints/, goodput.json and eval/, and prints base against trained on the test speakers.
 """
 
@@ -33,6 +33,7 @@ from ambijax import (
     compilation,
     errors,
     evaluate,
+    held_out,
     hosts,
     optim,
     predictions,
@@ -88,6 +89,8 @@ def train(config: FrozenConfigDict, directory: Path) -> None:
         params = assemble.base(setting)
         sets = assemble.datasets(setting, params, ("train", "dev", "test"))
         preflight.check_reasoned(config, sets["train"])
+        if hosts.is_main():
+            held_out.note(directory, {split: dataset.utterances for split, dataset in sets.items()})
         variables = assemble.initial(setting, params, resumes=resumes)
         state, frozen, optimizer = start(config, variables)
         del variables, params  # what is trained now belongs to `state`, whose memory every update reuses

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from ambijax import assemble, checkpoint, curate, doctor, errors, manifest, preflight, rules, settings, train
+from ambijax import assemble, checkpoint, curate, doctor, errors, journal, manifest, preflight, rules, settings, train
 from ambijax.errors import ConfigError, DataError
+from tests import made_runs
 from tests.command import ROOT, SMALL, needs_tiny, run
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("base", "curate", "tables"))
@@ -430,6 +431,31 @@ def test_a_run_is_found_from_another_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert settings.load("../runs/a").data.root == str(tmp_path / "corpora" / "own")
     assert settings.load("../runs/a").model.checkpoint == config.model.checkpoint  # which is nowhere
+    # A namesake here is another corpus. The directory that a run was started in comes before those above it.
+    (tmp_path / "elsewhere" / "corpora" / "own").mkdir(parents=True)
+    assert settings.load("../runs/a").data.root == str(tmp_path / "corpora" / "own")
+    (tmp_path / "home" / "corpora" / "own").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "env.json").write_text(json.dumps({"directory": str(tmp_path / "home")}))
+    assert settings.load("../runs/a").data.root == str(tmp_path / "home" / "corpora" / "own")
+    monkeypatch.chdir(tmp_path / "home")
+    assert settings.load("../runs/a").data.root == "corpora/own"
+    assert journal.environment()["directory"] == str(tmp_path / "home")
+    # Its training may have been on another machine, and what it names be under the current directory alone.
+    (tmp_path / "corpora" / "own").rmdir()
+    for text in ('{"directory": "/nowhere"}', "{}", '{"direc'):
+        (tmp_path / "runs" / "a" / "env.json").write_text(text)
+        assert settings.load("../runs/a").data.root == "corpora/own"
+
+
+def test_a_clip_longer_than_all_windows_is_found_before_weights_are_read(tmp_path):
+    """The longest has 0.65 s: 65 frames, and two of silence."""
+    corpus = made_runs.corpus(tmp_path / "corpus", 15, 5)
+    argv = ["t", "--config=configs/sft.py:cremad", "--workdir=w", f"--config.data.root={corpus.root}"]
+    argv += [f"--config.data.labels={corpus.classes()}", "--config.data.cot=False"]
+    preflight.check_corpus(settings.parse([*argv, "--config.data.windows=(32,68)"])[0], write=False)
+    said = r"1 of 15 clips are longer than .* data.windows=\(32, 66\), .*wav/7\.wav has 65, and needs two more"
+    with pytest.raises(ConfigError, match=said):
+        preflight.check_corpus(settings.parse([*argv, "--config.data.windows=(32,66)"])[0], write=False)
 
 
 def test_a_checkpoint_is_no_run(tmp_path):

@@ -98,7 +98,8 @@ def _figure(name: str, figure: figures.Drawn, svg: str) -> str:
 
 def _run(run: Run) -> str:
     config = html.escape(json.dumps(run.config.to_dict(), indent=2))
-    environment = html.escape(json.dumps(run.environment, indent=2))
+    about = {key: value for key, value in run.environment.items() if key != "directory"}  # nobody else's business
+    environment = html.escape(json.dumps(about, indent=2))
     return (
         f"<details><summary>{html.escape(str(run.directory))}: settings and environment</summary>"
         f"<pre>{config}</pre><pre>{environment}</pre></details>"
