@@ -17,8 +17,10 @@ silent frames follow the clip's m valid ones (m + 2 <= frames):
 Only the full window of 3,000 frames may be filled to the end, because there the reference has the same edge.
 """
 
+import contextlib
 import functools
 import os
+import unicodedata
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,7 +65,7 @@ def load(path: str | Path) -> np.ndarray:
     path = Path(path)
     try:
         if not path.is_file():
-            raise DataError(f"{path}: no such file")
+            raise DataError(f"{path}: no such file{namesake(path)}")
         _assert_whole(path)
         with soundfile.SoundFile(os.fsencode(path)) as file:  # names are bytes, and not always text
             rate = file.samplerate
@@ -81,6 +83,23 @@ def load(path: str | Path) -> np.ndarray:
     if len(samples) < declared:
         raise DataError(f"{path}: truncated, {len(samples)} of {file.frames} frames are there; copy it again")
     return check(samples, rate, str(path))
+
+
+def namesake(path: Path) -> str:
+    """What to say of a file that is not there, where only its spelling may be wrong; '' where nothing is alike.
+
+    The accent of é is a character of its own on some disks, and of the letter on others.
+    """
+    while path.parent != path and not path.parent.exists():
+        path = path.parent
+    if "\\" in path.name:
+        return "; the parts of a path are separated by /"
+    spelled = unicodedata.normalize("NFC", path.name).casefold()
+    with contextlib.suppress(OSError):
+        for other in path.parent.iterdir():
+            if other.name != path.name and unicodedata.normalize("NFC", other.name).casefold() == spelled:
+                return f"; {other.name!r} is there, with other capitals or accents in another form: rename one"
+    return ""
 
 
 def declared_frames(path: Path) -> int:

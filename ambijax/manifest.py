@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ambijax import lfs
+from ambijax.audio import namesake
 from ambijax.emotions import soft_label
 from ambijax.errors import ConfigError, DataError
 from ambijax.workdir import replace
@@ -294,7 +295,7 @@ def check_sounds(corpus: Corpus) -> None:
         elif lfs.is_pointer(path):
             pointers.append(path)
     of = f"of {len(corpus.utterances)} sounds in {corpus.root}"
-    wrong = [f"{len(missing)} {of} are missing, such as {missing[0]}"] if missing else []
+    wrong = [f"{len(missing)} {of} are missing, such as {missing[0]}{namesake(missing[0])}"] if missing else []
     if pointers:
         wrong.append(f"{len(pointers)} {of} are git-lfs pointers, such as {pointers[0]}; run `git lfs pull` there")
     if wrong:

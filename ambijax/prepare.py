@@ -62,9 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not release.utterances:
         raise DataError(f"{args.root}: no utterance in {release.description}")
     _assert_nothing_lost(args.out, release)
-    corpus = Corpus(args.out, release.utterances, args.root, release.description, release.labels)
+    root = release.audio_root or args.root
+    corpus = Corpus(args.out, release.utterances, root, release.description, release.labels)
     paths = {u.id: corpus.path(u) for u in release.utterances}
-    _assert_no_pointers(paths, args.root)
+    _assert_no_pointers(paths, root)
     _make(args.out)
     heard = _decode(paths)
     reasons = heard.bad | _vote_defects(release) | release.known_bad
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         manifest.split(corpus, fold, "groups")  # raises on a leak
     manifest.write(corpus)
     print(report)  # to somebody who may have left: nothing depends on it any more
-    print(f"wrote {args.out / 'manifest.jsonl'}: {len(kept)} utterances; audio stays in {args.root}")
+    print(f"wrote {args.out / 'manifest.jsonl'}: {len(kept)} utterances; audio stays in {root}")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -107,7 +108,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ten_second_rule", action="store_true", default=None, help="cremad, raw: drop slow responses")
     add("--keep", choices=("consensus", "all_votes"), help="iemocap: which turns; consensus by default")
     add("--fractional", action="store_true", default=None, help="iemocap: one vote an annotator, shared by its tags")
-    add("--labels", help="manifest: the classes, e.g. anger,neutral; by default every emotion that has a vote")
+    add("--labels", help="manifest: the classes, e.g. anger,neutral; by default corpus.json's, or all with a vote")
     add("--rename", help="manifest: emotion words to class words, e.g. happy:happiness,joy:happiness")
     args = parser.parse_args(argv)
     for flag, corpus in _OPTIONS.items():
@@ -231,9 +232,9 @@ def _report(release: Release, kept: tuple[Utterance, ...], heard: Audio, rows: l
     voted = manifest.voted(release.utterances, release.labels)
     columns = [_counts(utterances, release.labels) for utterances in (voted, kept)]
     lines = ["", release.description, *(f"  {note}" for note in release.notes), ""]
-    lines.append(f"{'':28}{'in the tables':>14}{'kept':>10}")
-    lines += [f"{name:28}{columns[0][name]:>14}{columns[1][name]:>10}" for name in columns[0]]
-    lines += ["", f"{'fold':6}{'utterances':>12}{'votes':>8}{'groups':>8}{'speakers':>10}"]
+    lines.append(f"{'':28}{'in the tables':>14}{'kept':>14}")
+    lines += [f"{name:28}{columns[0][name]:>14}{columns[1][name]:>14}" for name in columns[0]]
+    lines += ["", f"{'fold':6}{'utterances':>12}{'votes':>12}{'groups':>8}{'speakers':>10}"]
     lines += [_fold_line(fold, kept, release.labels) for fold in sorted({u.fold for u in kept})]
     lines += ["", f"{'floors of those kept':28}{'JS':>8}{'BC':>8}{'R2':>8}{'Brier':>8}"]
     p = manifest.soft_labels(kept, release.labels)
@@ -272,7 +273,7 @@ def _fold_line(fold: int, utterances: Sequence[Utterance], labels: Sequence[str]
     speakers = sorted({u.speaker for u in test})
     votes = sum(u.votes.get(label, 0) for u in test for label in labels)
     groups = len({u.group or u.speaker for u in test})
-    return f"{fold:<6}{len(test):>12}{votes:>8.9g}{groups:>8}{len(speakers):>10}  {speakers[0]} to {speakers[-1]}"
+    return f"{fold:<6}{len(test):>12}{votes:>12.9g}{groups:>8}{len(speakers):>10}  {speakers[0]} to {speakers[-1]}"
 
 
 def _floors(p: np.ndarray, folds: np.ndarray) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ def slices(records: list[dict], *, seed: int, samples: int, level: float) -> dic
     kinds = {
         "ambiguity": _thirds(entropy),
         "classes": [f"{n}" for n in np.sum(p > 0, axis=1)],
-        "annotators": [f"{record['annotators']:g}" for record in records],
+        "annotators": [f"{round(record['annotators'], 1):g}" for record in records],  # sums of fractions are not exact
         "speaker": [record["speaker"] for record in records],
         "gender": [record["gender"] or "unknown" for record in records],
     }

@@ -289,7 +289,7 @@ def _record(i: int, counts: list[int], q: list[float], **fields) -> dict:
 def test_slices_by_hand():
     q = [0.6, 0.3, 0.1]
     records = [
-        _record(0, [4, 0, 0], q, speaker="s2", gender="female"),
+        _record(0, [4, 0, 0], q, speaker="s2", gender="female", annotators=3.98),  # of votes in thirds
         _record(1, [5, 0, 0], q, speaker="s10", gender=None),
         _record(2, [2, 2, 0], q, speaker="s2", gender="female"),
         _record(3, [0, 6, 6], q, speaker="s2", gender="female"),

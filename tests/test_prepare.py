@@ -12,6 +12,7 @@ import pytest
 import soundfile
 
 from ambijax import audio, manifest, prepare
+from ambijax.corpora import own
 from ambijax.errors import ConfigError, DataError
 from tests import miniature
 
@@ -433,13 +434,58 @@ def test_class_words_may_have_spaces_around_them(tmp_path):
     assert manifest.read(tmp_path / "out").labels == ("anger", "neutral")
 
 
-def test_an_own_manifest_needs_two_classes_and_its_audio(tmp_path):
+def test_an_own_manifest_needs_two_classes(tmp_path):
     own_corpus(tmp_path / "own", a={"anger": 1})
     with pytest.raises(ConfigError, match="at least two classes are needed, got anger"):
         run(tmp_path / "own", tmp_path / "out", corpus="manifest")
-    manifest.write(manifest.Corpus(tmp_path / "refers", manifest.read(tmp_path / "own").utterances, tmp_path / "own"))
-    with pytest.raises(ConfigError, match=r"the audio of .*refers is in .*own"):
-        run(tmp_path / "refers", tmp_path / "out", corpus="manifest")
+
+
+def test_the_audio_of_an_own_manifest_may_lie_elsewhere(tmp_path):
+    """On a read-only disk, say: corpus.json beside the manifest says where, and what could be chosen besides."""
+    people = manifest.read(own_corpus(tmp_path / "own", a={"anger": 1}, b={"neutral": 2})).utterances
+    miniature.write_wav(tmp_path / "own" / "wav" / "nobody.wav", "x")
+    manifest.write(manifest.Corpus(tmp_path / "refers", people, tmp_path / "own", labels=("anger", "joy", "neutral")))
+    found = run(tmp_path / "refers", tmp_path / "out", "--on_bad=skip", "--rename=joy:happiness", corpus="manifest")
+    assert [found.path(u).is_file() for u in found.utterances] == [True, True]
+    assert found.labels == ("anger", "happiness", "neutral")
+    assert bad_files(tmp_path / "out") == {"wav/nobody.wav": "nobody voted on this file"}
+    with pytest.raises(ConfigError, match=r'class fear; votes are on .*; a class that nobody chose .* "labels" of'):
+        run(tmp_path / "refers", tmp_path / "out", "--labels=anger,fear", corpus="manifest")
+    flags = ("--labels=anger,joy", "--on_bad=skip")
+    assert run(tmp_path / "refers", tmp_path / "two", *flags, corpus="manifest").labels == ("anger", "joy")
+
+
+def test_clips_without_a_line_are_found_below_and_in_capitals(tmp_path):
+    root = own_corpus(tmp_path / "own", **{"s1/caf\u00e9": {"anger": 1}, "s2/b": {"neutral": 2}})
+    for name in ("wav/s3/c.WAV", "wav/d.wav", "raw/session.wav", "wav/s1/notes.flac", "wav/s1/._e.wav"):
+        (root / name).parent.mkdir(exist_ok=True)
+        miniature.write_wav(root / name, name)
+    (root / "wav/s1/caf\u00e9.wav").rename(root / "wav/s1/cafe\u0301.wav")  # as some disks spell it
+    release = own.read(root, labels=(), words={})
+    assert release.unlabelled == ("wav/d.wav", "wav/s3/c.WAV")
+    top = manifest.Utterance("t", "t.wav", "", "s", 0, {"anger": 1})  # beside the manifest: all below that
+    found = own._unlisted(root, [*manifest.read(root).utterances, top])
+    assert found == ("raw/session.wav", "wav/d.wav", "wav/s3/c.WAV")
+
+
+def test_a_sound_that_is_only_spelled_otherwise_is_named(tmp_path):
+    root = own_corpus(tmp_path / "own", a={"anger": 1}, **{"caf\u00e9": {"neutral": 2}})
+    (root / "wav").rename(root / "WAV")
+    for corpus in (manifest.read(root), manifest.Corpus(root, manifest.read(root).utterances[1:])):
+        with pytest.raises(
+            DataError, match=r"sounds in .* are missing, such as .*; 'WAV' is there, with other capitals"
+        ):
+            manifest.check_sounds(corpus)
+    (root / "WAV").rename(root / "wav")
+    (root / "wav/caf\u00e9.wav").rename(root / "wav/Cafe\u0301.wav")
+    with pytest.raises(DataError, match=r"1 of 2 sounds .*; 'Cafe\u0301.wav' is there, .* rename one"):
+        manifest.check_sounds(manifest.read(root))
+    with pytest.raises(DataError, match=r"no such file; 'Cafe\u0301\.wav' is there"):
+        audio.load(root / "wav/caf\u00e9.wav")
+    with pytest.raises(DataError, match=r"no such file; the parts of a path are separated by /"):
+        audio.load(root / "wav\\a.wav")
+    with pytest.raises(DataError, match=r"no such file$"):
+        audio.load(root / "wav/other.wav")
 
 
 def test_the_command_exits_with_a_code_and_one_line(mini, tmp_path):

@@ -12,10 +12,11 @@ class Release:
 
     description: str  # which corpus and which votes
     labels: tuple[str, ...]  # its classes
-    utterances: tuple[Utterance, ...]  # audio paths relative to the release's directory
+    utterances: tuple[Utterance, ...]  # audio paths relative to `audio_root`
     known_bad: dict[str, str]  # utterance id -> the defect of the released clip
     unlabelled: tuple[str, ...]  # audio files that nobody voted on
     notes: tuple[str, ...]  # facts to check against the literature
+    audio_root: Path | None = None  # None = the release's directory
 
 
 def audio_files(root: Path, pattern: str) -> list[str]:
