@@ -8,7 +8,7 @@
 
 import dataclasses
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -82,8 +82,8 @@ class Model:
 
     def predict(
         self,
-        clips: str | Path | np.ndarray | Sequence[str | Path | np.ndarray],
-        transcripts: str | Sequence[str] | None = None,
+        clips: str | Path | np.ndarray | Iterable[str | Path | np.ndarray],
+        transcripts: str | Iterable[str | None] | None = None,
         *,
         batch_size: int | None = None,
         samples: int = 1,
@@ -93,7 +93,7 @@ class Model:
         """Listens to one clip, or to several. A clip's prediction does not depend on the others in the batch.
 
         Args:
-          clips: sound file, or float samples [n] at 16 kHz; or a list of such.
+          clips: sound file, or float samples [n] at 16 kHz; or a list, iterator or column of such.
           transcripts: what is said, for a list one each; '' or None: the model is told that no transcript is given.
           batch_size: clips at once; None is the setting's. It changes speed and memory, not the numbers.
           samples: 1 writes the likeliest chain of thought; more draw as many, and the distribution is their mean.
@@ -104,22 +104,24 @@ class Model:
           a prediction for one clip, a list for a list.
 
         Raises:
-          ConfigError: an option is out of bounds, or transcripts are not as many as clips.
+          ConfigError: an option is out of bounds, transcripts are not as many as clips, or one of either is no such.
           DataError: a clip cannot be heard; names it.
         """
+        if isinstance(clips, np.ndarray) and clips.dtype.kind in "OU":  # a column of paths
+            clips = clips.tolist()
         if isinstance(clips, str | Path | np.ndarray):
             alone = None if transcripts is None else [transcripts]
             options = {"batch_size": batch_size, "samples": samples, "temperature": temperature, "seed": seed}
             return self.predict([clips], alone, **options)[0]
         check(batch_size=batch_size, samples=samples, temperature=temperature, seed=seed)
         size = batch_size or self.setting.config.eval.batch_size
+        clips = list(clips)
         transcripts = [""] * len(clips) if transcripts is None else transcripts
+        transcripts = transcripts if isinstance(transcripts, str) else list(transcripts)
         if isinstance(transcripts, str) or len(transcripts) != len(clips):
             raise ConfigError(f"{len(transcripts)} transcripts for {len(clips)} clips; give one each, or none")
-        heard = [
-            audio.check(clip, audio.SAMPLE_RATE, f"clip {i}") if isinstance(clip, np.ndarray) else audio.load(clip)
-            for i, clip in enumerate(clips)
-        ]
+        _assert_text(transcripts)
+        heard = [_hear(clip, f"clip {i}") for i, clip in enumerate(clips)]
         key = jax.random.key(seed)
         temperature = temperature if samples > 1 else 0.0
         predictions = []
@@ -147,8 +149,8 @@ class Model:
         Raises:
           DataError: the clip cannot be heard.
         """
-        sound = audio.check(clip, audio.SAMPLE_RATE, "clip") if isinstance(clip, np.ndarray) else audio.load(clip)
-        setting = self.setting
+        _assert_text([transcript])
+        sound, setting = _hear(clip, "clip"), self.setting
         with jax.set_mesh(setting.mesh):
             rolls = setting.stream(self.variables, self._asked([sound], [transcript]), chunk)
         while True:
@@ -197,6 +199,23 @@ class Model:
             entropy=float(metrics.entropy(mean)),
             forced=bool(forced[0]),
         )
+
+
+def _hear(clip: str | Path | np.ndarray, name: str) -> np.ndarray:
+    """A clip's samples at 16 kHz, of a file or as they are; `name` is what to call it otherwise."""
+    if isinstance(clip, np.ndarray):
+        return audio.check(clip, audio.SAMPLE_RATE, name)
+    if not isinstance(clip, str | Path):
+        what = "a clip is a sound file or a numpy array of samples at 16 kHz"
+        raise ConfigError(f"{name} is a {type(clip).__name__}; {what}")
+    return audio.load(clip)
+
+
+def _assert_text(transcripts: Sequence[str | None]) -> None:
+    """Raises ConfigError: what is said is no text, as NaN where a table has a gap."""
+    for i, said in enumerate(transcripts):
+        if said is not None and not isinstance(said, str):
+            raise ConfigError(f"transcript {i} must be text, got {said!r:.60}; '' or None where none is given")
 
 
 def check(*, batch_size: int | None, samples: int, temperature: float, seed: int) -> None:

@@ -21,14 +21,14 @@ class Clip(NamedTuple):
     transcript: str = ""
 
 
-def clips(names: Sequence[str], columns: tuple[str, str] | None = None) -> Iterator[Clip]:
+def clips(names: Sequence[str], columns: tuple[str, ...] | None = None) -> Iterator[Clip]:
     """Clips in the order of `names`, the content of a folder or a glob sorted.
 
     Args:
       names: a sound file; a folder, searched with all below it; a glob, which the shell may have left to us; a `.csv`
         table; `-` for a list of any of these on stdin, one a line.
-      columns: the table's columns of paths (relative to the table) and of transcripts; None: 'audio' and, if there,
-        'transcript'.
+      columns: the table's columns of paths (relative to the table) and, unless none are to be told, of transcripts;
+        None: 'audio' and, if there, 'transcript'.
 
     Raises:
       DataError: a folder or glob without sound files, a table that cannot be read.
@@ -57,15 +57,17 @@ def _found(name: str, paths: Iterable[Path]) -> list[Path]:
     return found
 
 
-def _table(path: Path, columns: tuple[str, str] | None) -> Iterator[Clip]:
+def _table(path: Path, columns: tuple[str, ...] | None) -> Iterator[Clip]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             header, rows = reader.fieldnames or [], [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not a readable table ({error})") from None
-    audio, transcript = columns or ("audio", "transcript")
-    said = columns or any(name.strip().lower() == transcript for name in header)
+    if len(header) == 1 and (other := next((c for c in ";\t" if c in header[0]), "")):
+        raise DataError(f"{path}: its columns are separated by {other!r}; save it with commas")
+    audio, transcript = (*(columns or ("audio", "transcript")), "")[:2]
+    said = len(columns) > 1 if columns else any(name.strip().lower() == transcript for name in header)
     if absent := [name for name in ((audio, transcript) if said else (audio,)) if header.count(name) != 1]:
         many = "more than one" if absent[0] in header else "no"
         raise DataError(f"{path}: {many} column {absent[0]!r} (it has {', '.join(header)}); name it with --columns")
@@ -78,4 +80,4 @@ def _table(path: Path, columns: tuple[str, str] | None) -> Iterator[Clip]:
             )
         if not row[audio]:
             raise DataError(f"{path}:{line}: no path in column {audio!r}")
-        yield Clip(path.parent / row[audio], row.get(transcript, ""))
+        yield Clip(path.parent / row[audio], row[transcript] if said else "")

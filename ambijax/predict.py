@@ -8,18 +8,18 @@ Python: `ambijax.load(model).predict("clip.wav")`, see listener.py.
 """
 
 import argparse
+import collections
 import contextlib
-import csv
 import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tqdm
 
-from ambijax import audio, compilation, emotions, errors, listener, listing
+from ambijax import audio, compilation, emotions, errors, listener, listing, predicted
 from ambijax.errors import ConfigError, DataError
 from ambijax.listener import Model, Prediction
 from ambijax.workdir import check_writable
@@ -63,24 +63,6 @@ def _record(path: Path, result: Prediction | DataError) -> dict:
     )
 
 
-@contextlib.contextmanager
-def _file(out: Path, labels: Sequence[str]) -> Iterator[Callable[[dict], None]]:
-    """Opens a .jsonl or .csv file and yields what writes a record into it, at once."""
-    with out.open("x", encoding="utf-8", errors="backslashreplace", newline="", buffering=1) as file:
-        if out.suffix == ".jsonl":
-            yield lambda record: file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            return
-        probabilities = {label: f"p.{label}" for label in labels}
-        table = csv.DictWriter(file, ["audio", *probabilities.values(), "entropy", "forced", "reasoning", "error"])
-        table.writeheader()
-
-        def row(record: dict) -> None:
-            flat = {probabilities[label]: p for label, p in record.pop("distribution", {}).items()}
-            table.writerow(record | flat)
-
-        yield row
-
-
 def _print(record: dict, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(record, ensure_ascii=False))
@@ -95,8 +77,9 @@ def _arguments() -> argparse.Namespace:
     add("clips", nargs="+", help="sound files, folders, globs, .csv tables, or - for a list of these on stdin")
     add("--model", required=True, type=Path, help="run directory, export, PEFT adapter or Qwen2-Audio checkpoint")
     add("--transcript", action="append", help="what is said; once for each clip, in order")
-    add("--columns", help="of a .csv table: paths, transcripts; by default audio and, if there, transcript")
+    add("--columns", help="of a .csv table: paths[,transcripts]; by default audio and, if there, transcript")
     add("--out", type=Path, help="a .csv or .jsonl file to write; without it results are printed")
+    add("--resume", action="store_true", help="go on in an --out that was begun with the same model and options")
     add("--json", action="store_true", help="print one JSON object a clip and line")
     add("--base", action="store_true", help="the model before training")
     add("--labels", help="class words, separated by commas, for a checkpoint that does not name its own")
@@ -109,7 +92,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _clips(
-    names: Sequence[str], columns: tuple[str, str] | None, transcripts: Sequence[str] | None
+    names: Sequence[str], columns: tuple[str, ...] | None, transcripts: Sequence[str] | None
 ) -> list[listing.Clip]:
     """What is to be heard; if none of it can be, that is said before a model is read."""
     clips = list(listing.clips(names, columns))
@@ -130,26 +113,51 @@ def _clips(
     raise DataError(f"{first}{others}")
 
 
+def _left(clips: Sequence[listing.Clip], begun: Sequence[dict]) -> list[listing.Clip]:
+    """The clips that have no row yet, each as often as it is named."""
+
+    def name(path: str) -> bytes:
+        return path.encode(errors="backslashreplace")  # as it is written where it is no text
+
+    there = collections.Counter(name(row["audio"]) for row in begun)
+    left = []
+    for clip in clips:
+        there[name(str(clip.path))] -= 1
+        if there[name(str(clip.path))] < 0:
+            left.append(clip)
+    return left
+
+
 def main() -> None:
     args = _arguments()
-    if args.out and (args.out.suffix not in (".csv", ".jsonl") or args.out.exists()):
-        raise ConfigError(f"--out {args.out} must be a .csv or .jsonl file that does not exist yet")
+    if args.out and args.out.suffix not in predicted.SUFFIXES:
+        raise ConfigError(f"--out {args.out} must be a .csv or .jsonl file")
+    if args.resume and not args.out:
+        raise ConfigError("--resume goes on in the file that --out names")
+    if args.out and args.out.exists() and not args.resume:
+        raise ConfigError(f"--out {args.out} exists; choose another name, or go on after its rows with --resume")
     if args.out and not args.out.parent.is_dir():
         raise ConfigError(f"--out {args.out}: there is no directory {args.out.parent}")
     if args.out:
         check_writable(args.out.parent)
     columns = tuple(args.columns.split(",")) if args.columns else None
-    if columns and len(columns) != 2:
-        raise ConfigError(f"--columns={args.columns} must name two, of paths and of transcripts")
+    if columns and (len(columns) > 2 or not all(columns)):
+        raise ConfigError(f"--columns={args.columns} must name one of paths, and perhaps one of transcripts")
     options = {key: getattr(args, key) for key in ("batch_size", "samples", "temperature", "seed")}
     listener.check(**options)
     labels = emotions.classes(args.labels) if args.labels else None
     clips = _clips(args.clips, columns, args.transcript)
+    begun = predicted.begun(args.out) if args.out and args.out.exists() else []
+    if not (clips := _left(clips, begun)):
+        print(f"{args.out} has all of its {len(begun)} clips")
+        return
     compilation.keep()
     model = listener.load(args.model, base=args.base, labels=labels, checkpoint=args.checkpoint)
-    printed = contextlib.nullcontext(functools.partial(_print, as_json=args.json))
     bad = 0
-    with _file(args.out, model.setting.vocabulary.labels) if args.out else printed as write:
+    with contextlib.ExitStack() as files:
+        write = functools.partial(_print, as_json=args.json)
+        if args.out:
+            write = files.enter_context(predicted.Predicted(args.out, model.setting.vocabulary.labels, begun)).write
         for path, result in _hear(model, clips, options):
             if isinstance(result, DataError):
                 bad += 1

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import ambijax
-from ambijax import audio, errors, export, listener, listing, policy, predict
+from ambijax import audio, errors, export, listener, listing, policy, predict, predicted
 from ambijax.errors import ConfigError, DataError
 from configs import base as configured
 from tests import small, trained
@@ -217,6 +217,8 @@ def test_listing(tmp_path, monkeypatch):
     assert [c.path for c in listing.clips([str(tmp_path / "a/**/*.wav")], columns)] == found[:2]
     table = list(listing.clips([str(tmp_path / "t.csv")], columns))
     assert table == [listing.Clip(tmp_path / "a/z.WAV", "hello"), listing.Clip(tmp_path / "missing.wav")]
+    unsaid = listing.clips([str(tmp_path / "t.csv")], ("path",))
+    assert list(unsaid) == [listing.Clip(tmp_path / "a/z.WAV"), listing.Clip(tmp_path / "missing.wav")]
     strange = b"/caf\xe9.wav"  # Latin-1: what the disk calls it, and no text
     listed = b"\xef\xbb\xbf%s\n\n%s\n%s\n" % (os.fsencode(found[1]), os.fsencode(tmp_path / "t.csv"), strange)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(listed)))
@@ -245,6 +247,7 @@ def test_a_folder_has_no_clips_in_hidden_folders(tmp_path):
         ("audio,audio\na.wav,b.wav\n", None, "more than one column 'audio'"),
         ("audio,transcript\n,Yes\n", None, "t.csv:2: no path in column 'audio'"),
         ("audio\n", None, "no rows"),
+        ("audio;transcript\na.wav;Yes, I do\n", None, "its columns are separated by ';'; save it with commas"),
         ("", None, "no column 'audio'"),
     ],
 )
@@ -288,6 +291,64 @@ def test_one_bad_file_does_not_end_the_job(run, clips, whole, tmp_path, monkeypa
         assert row["reasoning"] == expected.reasoning
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_what_is_interrupted_goes_on_where_it_was(suffix, run, clips, tmp_path, monkeypatch, capsys):
+    out, odd = tmp_path / f"a{suffix}", tmp_path / os.fsdecode(b"caf\xe9.wav")
+    shutil.copy(clips[1], odd)
+    names = [odd, tmp_path / "missing.wav", *clips[:1] * 2, clips[2]]
+    arguments = ["--model", run, "--out", out, "--batch_size", 2, *names]
+    assert command(monkeypatch, *arguments) == 3
+    whole = out.read_bytes()
+    ends = [i for i in range(1, len(whole)) if predicted._end(whole[:i], suffix) == i] + [len(whole)]
+    assert len(ends) == 5 + (suffix == ".csv")  # its header
+    heard = []
+    hear = predict._hear
+    monkeypatch.setattr(
+        predict, "_hear", lambda model, clips, options: heard.append(clips) or hear(model, clips, options)
+    )
+    for kept, cut in ((2, -1), (3, 0), (4, 7)):  # whole rows, and bytes of the next
+        out.write_bytes(whole[: ends[kept + (suffix == ".csv") - 1] + max(cut, 0)])
+        if cut < 0:  # in the middle of a text, after the end of a line in it
+            at = whole.index(b"\n", ends[kept + (suffix == ".csv") - 1] + 20) + 1
+            out.write_bytes(whole[: min(at, ends[kept + (suffix == ".csv")] - 1)])
+        assert command(monkeypatch, *arguments, "--resume") == 0
+        assert len(heard.pop()) == 5 - kept
+        found = predicted.begun(out)
+        assert [Path(os.fsdecode(row["audio"].replace("\\udce9", "\udce9"))) for row in found] == names
+        assert [row.get("reasoning") for row in found] == [row.get("reasoning") for row in rows(whole, suffix)]
+    before = out.read_bytes()
+    assert command(monkeypatch, *arguments, "--resume") == 0
+    assert "has all of its 5 clips" in capsys.readouterr().out
+    assert command(monkeypatch, *arguments, clips[3], "--resume", "--labels", "anger,fear") == 2
+    assert "is of other classes than anger, fear" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
+def rows(data: bytes, suffix: str) -> list[dict]:
+    return list(predicted._rows(data.decode(), suffix))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", b"audio,p.anger,entropy,forced,reasoning,error\na.wav,1,0,False,x,\n"),  # saved by an editor
+        ("a.csv", b"id,words\r\na,b\r\n"),
+        ("a.csv", b"audio,p.anger,entropy,forced,reasoning,error\r\n"),
+        ("a.csv", b"audio,p.anger,entropy,forced,reasoning,error\r\na.wav,1\r\n"),
+        ("a.jsonl", b'{"audio": "a.wav"}\n'),
+        ("a.jsonl", b'{"audio": "a.wav", "error": "x"}\n[]\n'),
+        ("a.jsonl", b'{"audio": 1, "error": "x"}\n'),
+        ("a.jsonl", b'{"audio": "a.wav", "error": "x"}'),
+        ("a.jsonl", b""),
+    ],
+)
+def test_another_file_is_not_gone_on_in(tmp_path, name, text):
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(ConfigError, match="has no row of a prediction"):
+        predicted.begun(tmp_path / name)
+    assert (tmp_path / name).read_bytes() == text
+
+
 def test_a_prediction_is_printed_with_its_reasoning(whole, capsys):
     predict._print({"audio": "a.wav", **dataclasses.asdict(whole[0])}, as_json=False)
     said = capsys.readouterr().out
@@ -310,14 +371,17 @@ def test_mistakes_get_one_line(run, clips, tmp_path, monkeypatch, capsys):
     broken.write_bytes(b"RIFF")
     (tmp_path / "sub").mkdir()
     for arguments, message in (
-        (["--model", run, clips[0], "--out", tmp_path / "there.csv"], "that does not exist yet"),
+        (["--model", run, clips[0], "--out", tmp_path / "there.csv"], "there.csv exists; choose another name"),
+        (["--model", run, clips[0], "--out", tmp_path / "there.csv", "--resume"], "has no row of a prediction"),
+        (["--model", run, clips[0], "--resume"], "--resume goes on in the file that --out names"),
         (["--model", run, clips[0], "--out", tmp_path / "x.txt"], "must be a .csv or .jsonl file"),
         (["--model", run, clips[0], "--transcript", "a", "--transcript", "b"], "2 transcripts for 1 clips"),
         (["--model", tmp_path, clips[0], "--samples", "0"], "samples=0 must be a whole number from 1"),
         (["--model", tmp_path, clips[0], "--samples", "2", "--temperature", "nan"], "temperature=nan must be a number"),
         (["--model", tmp_path, clips[0], "--samples", "2", "--temperature", "-1"], "temperature=-1.0 must be a number"),
         (["--model", tmp_path, clips[0], "--seed", str(2**40)], "must be a whole number from 0 to 2147483647"),
-        (["--model", tmp_path, clips[0], "--columns", "audio"], "must name two"),
+        (["--model", tmp_path, clips[0], "--columns", "audio,a,b"], "must name one of paths"),
+        (["--model", tmp_path, clips[0], "--columns", ",words"], "must name one of paths"),
         (["--model", run, clips[0], "--out", tmp_path / "no/x.csv"], "there is no directory"),
         (["--model", run, clips[0], "--out", "/proc/x.csv"], "cannot write to /proc"),
         (["--model", tmp_path, clips[0]], "no run directory, export or checkpoint"),
@@ -348,6 +412,17 @@ def test_a_clip_in_memory_is_guarded(run, model):
     sound = 0.1 * np.random.default_rng(0).standard_normal(16000)
     with pytest.raises(ConfigError, match="2 transcripts for 1 clips"):
         model.predict([sound], ["a", "b"])
+    with pytest.raises(ConfigError, match=r"transcript 1 must be text, got nan; '' or None"):  # as pandas reads a gap
+        model.predict([sound, sound], ["a", np.nan])
+    with pytest.raises(ConfigError, match=r"transcript 0 must be text, got 3"):
+        next(model.stream(sound, 3))
+    with pytest.raises(ConfigError, match="clip 0 is a float; a clip is a sound file or a numpy array of samples"):
+        model.predict(sound.tolist())
+    with pytest.raises(ConfigError, match="clip is a list; a clip is"):
+        next(model.stream(sound.tolist()))
+    assert model.predict(iter([sound]), iter([None])) == [model.predict(sound)]
+    with pytest.raises(DataError, match=r"no\.wav: no such file"):
+        model.predict(np.array(["no.wav"]))
     for wrong in (
         {"batch_size": -1},
         {"samples": 0},
