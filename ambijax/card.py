@@ -98,8 +98,9 @@ def _what(about: About) -> str:
         "peft": "a LoRA adapter in PEFT's format",
         "merged": "a whole checkpoint, what was trained merged into the base weights",
     }[about.kind]
+    reasons = ", reasons about words and voice," * about.config.data.cot
     return (
-        f"This is {form}. It listens to a clip of speech, reasons about words and voice, and predicts the distribution "
+        f"This is {form}. It listens to a clip of speech{reasons} and predicts the distribution "
         f"of listeners' judgements over {len(about.config.data.labels)} emotions instead of one label. Method: "
         f"[{PAPER}](https://arxiv.org/abs/2603.08230), in the implementation of ambijax {ambijax.__version__}."
     )
@@ -112,9 +113,10 @@ def _use(about: About) -> str:
     return (
         f'```python\nimport ambijax\n\n{where}model = ambijax.load("this_directory"{base})\n'
         'model.predict("clip.wav").distribution\n```\n\n'
-        "With transformers (4.57 or 5), the distribution is the softmax over the logits of class words, of one token "
-        "each, right after "
-        f'"{reasoning.ANCHOR}": see docs/export.md of ambijax for the program. `ambijax.json` holds the class words.'
+        "With transformers (4.57 or 5), the distribution is the softmax over the logits of the class words right after "
+        f'"{reasoning.ANCHOR}", where each of them is one token: see docs/export.md of ambijax for the program. Words '
+        "of several tokens are scored whole, by summed log-probability, which ambijax does. `ambijax.json` holds the "
+        "class words."
     )
 
 
@@ -148,12 +150,13 @@ def _training(about: About) -> str:
 
 def _weights(config: FrozenConfigDict) -> str:
     """What stands beside the preferences of DPO and the surrogate of GRPO, or is all of SFT's loss."""
+    written = "curated reasoning" if config.data.cot else "the answer line"
     if config.algorithm == "grpo":
         return f"KL to the base {config.grpo.beta_kl:g}"
     kl = f"KL to the votes {config.loss.lambda_kl:g}"
     if config.algorithm == "grpoz":
-        return f"KL to the base {config.grpo.beta_kl:g}, {kl}, CE of curated reasoning {config.grpo.gold_ce:g}"
-    return f"CE of curated reasoning {config.loss.lambda_ce:g}, {kl}"
+        return f"KL to the base {config.grpo.beta_kl:g}, {kl}, CE of {written} {config.grpo.gold_ce:g}"
+    return f"CE of {written} {config.loss.lambda_ce:g}, {kl}"
 
 
 def _metrics(about: About) -> str:
@@ -178,10 +181,14 @@ def _metrics(about: About) -> str:
             f"{about.run / 'eval'}: a summary.json is not that of an evaluation ({error}); {again}"
         ) from None
     rows = [f"| {title} | {' | '.join(row)} |" for title, row in cells.items()]
+    read_out = (
+        "The model writes its reasoning freely, and the distribution is read out after it."
+        if about.config.data.cot
+        else "The distribution is read out without any reasoning before it."
+    )
     note = (
-        f"{clips} clips of speakers it never heard. The model writes its reasoning freely, and the distribution is "
-        f"read out after it. JS in bits; R2 is a clip's squared correlation over classes; in brackets {level:.0%} "
-        "bootstrap intervals."
+        f"{clips} clips of speakers it never heard. {read_out} JS in bits; R2 is a clip's squared correlation over "
+        f"classes; in brackets {level:.0%} bootstrap intervals."
     )
     return "\n".join([note, "", f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|", *rows])
 

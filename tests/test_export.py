@@ -258,6 +258,19 @@ def test_the_card_knows_whose_metrics_it_shows(own, said, run, tmp_path):
     assert "1 of 3, the best on dev" in text
 
 
+def test_the_card_of_a_run_without_reasoning_speaks_of_none(run, tmp_path):
+    (tmp_path / "eval/test").mkdir(parents=True)
+    (tmp_path / "eval/test/summary.json").write_text(json.dumps({"js": 0.1, "clips": 7, "intervals": {}}))
+    config = settings.load(run).to_dict()
+    about = {"kind": "peft", "step": 3, "best": False, "base_model": "base", "licence": "other"}
+    for cot, said in ((True, 3), (False, 0)):  # what it is, its loss, how it was evaluated
+        config["data"]["cot"] = cot
+        text = card.render(card.About(run=tmp_path, config=FrozenConfigDict(config), **about))
+        told = text.split("## Limits")[0]  # which speaks of reasoning in general
+        assert len(re.findall(r"reasons about|curated reasoning|writes its reasoning", told)) == said
+    assert "CE of the answer line" in told
+
+
 @pytest.mark.parametrize(
     ("text", "what"),
     [
