@@ -135,8 +135,9 @@ def _utterance(record: object, where: str) -> Utterance:
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: holds half a character ({error.reason}); write its text anew") from None
     audio = PurePosixPath(record["audio"])
-    if any(unicodedata.category(character) == "Cc" for character in record["audio"]):
-        raise DataError(f"{where}: audio must be a path, got {record['audio']!r}")
+    for name in ("id", "audio", "speaker", "group"):
+        if any(unicodedata.category(character) == "Cc" for character in record.get(name, "")):
+            raise DataError(f"{where}: {name} holds a control character, {record[name]!r}")
     if "://" in record["audio"]:
         raise DataError(f"{where}: audio must be a path under the manifest's directory, not the URL {record['audio']}")
     if audio.is_absolute() or ".." in audio.parts:
@@ -191,6 +192,8 @@ def _from_row(row: dict, where: str) -> dict:
     votes = {name.removeprefix("votes."): cell for name, cell in row.items() if name.startswith("votes.")}
     record = {name: cell for name, cell in row.items() if not name.startswith("votes.")}
     try:
+        if "_" in "".join((*votes.values(), record.get("fold", ""))):  # which Python leaves out of numbers
+            raise ValueError("one has a _ in it")
         record["votes"] = {emotion: float(cell) for emotion, cell in votes.items() if cell.strip()}
         if "fold" in record:
             fold = float(record["fold"])  # 2.0, as pandas writes a column with gaps

@@ -10,6 +10,7 @@ import re
 import warnings
 
 import matplotlib
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -23,9 +24,17 @@ _VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", HUMAN: "human"}
 _VARIABLES |= {color: f"base{i}" for i, color in enumerate(_BASE)}
 _VARIABLES |= {color: f"trained{i}" for i, color in enumerate(_TRAINED)}
 
+# For names in scripts that DejaVu lacks, where one of these is installed; usual ones of Linux, macOS and Windows.
+_SCRIPTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans Devanagari"),
+    *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Arial Unicode MS"),
+    *("Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Nirmala UI"),
+)
+_INSTALLED = {font.name for font in font_manager.fontManager.ttflist}
+
 STYLE = {
     "font.size": 9.5,
-    "font.family": "DejaVu Sans",
+    "font.family": ["DejaVu Sans", *(name for name in _SCRIPTS if name in _INSTALLED)],
     "text.color": INK,
     "text.parse_math": False,  # a speaker may be called $x$
     "axes.edgecolor": MUTED,
@@ -85,7 +94,9 @@ def save(figure: Figure, name: str) -> tuple[bytes, str]:
     """(PNG, SVG) of a figure; equal figures give equal files."""
     png, svg = io.BytesIO(), io.StringIO()
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # names in scripts the font lacks are boxes in the PNG
+        warnings.filterwarnings(
+            "ignore", message="Glyph"
+        )  # names in scripts that no font here has are boxes in the PNG
         figure.savefig(png, format="png", facecolor="white", metadata={"Software": None})
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     return png.getvalue(), svg.getvalue()
