@@ -119,7 +119,8 @@ def _check_votes(corpus: manifest.Corpus, parts: dict, labels: tuple[str, ...]) 
     if without := [u.id for u in asked if id(u) not in voted]:
         raise DataError(
             f"{corpus.root}: {len(without)} of {len(asked)} utterances have no vote on data.labels={tuple(labels)}, "
-            f"for one {without[0]}; the classes there are {', '.join(corpus.classes())}"
+            f"for one {without[0]}; the classes there are {', '.join(corpus.classes())}: set data.labels, or leave "
+            "these utterances out by ambijax.prepare --on_bad=skip"
         )
     there = {emotion for u in asked for emotion, n in u.votes.items() if n}
     if (silent := [label for label in labels if label not in there]) and (lost := sorted(there - set(labels))):

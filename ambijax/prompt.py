@@ -108,7 +108,7 @@ def load(directory: str | Path, labels: Sequence[str]) -> Vocabulary:
         raise ConfigError(f"{path}: class words must be distinct, not {', '.join(labels)}")
     if clash := [(a, b) for a in words for b in words if a != b and words[b][: len(words[a])] == words[a]]:
         a, b = clash[0]
-        raise ConfigError(f"{path}: no class word's tokens may begin another's, as {a!r} begins {b!r}")
+        raise ConfigError(f"{path}: no class word's tokens may begin another's, as {a!r} begins {b!r}; rename one")
     if several := [label for label, pieces in words.items() if len(pieces) > 1]:
         tqdm.tqdm.write(
             f"{path} splits {', '.join(several)} into several tokens: class words are read out whole, by the summed "
