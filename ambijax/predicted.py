@@ -57,7 +57,9 @@ class Predicted:
 
 
 def begun(path: Path) -> list[dict]:
-    """The rows of a file that was begun; one that a kill has cut is taken away. Of a table with cells as text.
+    """The rows of a file that was begun, of a table with cells as text.
+
+    A row that a kill has cut is taken away, and so is a file that has not come to its first row.
 
     Raises:
       ConfigError: the file is none that this module writes; it stays as it is.
@@ -65,12 +67,13 @@ def begun(path: Path) -> list[dict]:
     data = path.read_bytes()
     whole = data[: _end(data, path.suffix)]
     try:
-        rows = list(_rows(whole.decode(), path.suffix))
+        rows = list(_rows(whole.decode(), path.suffix)) if data else []
     except (ValueError, TypeError, AttributeError, RecursionError, csv.Error):
-        rows = []
-    if not rows:
-        raise ConfigError(f"--out {path} has no row of a prediction; choose another name, or remove it")
-    os.truncate(path, len(whole))
+        raise ConfigError(f"--out {path} is not what this command writes; choose another name") from None
+    if rows:
+        os.truncate(path, len(whole))
+    else:
+        path.unlink()
     return rows
 
 
@@ -95,6 +98,8 @@ def _rows(text: str, suffix: str) -> Iterator[dict]:
                 raise ValueError(row)
             yield row
         return
+    if not text:
+        raise ValueError("no line has an end")
     for line in text.split("\n")[:-1]:
         row = json.loads(line)
         if not isinstance(row.get("audio"), str) or not isinstance(row.get("distribution", {}), dict):

@@ -333,20 +333,28 @@ def rows(data: bytes, suffix: str) -> list[dict]:
     [
         ("a.csv", b"audio,p.anger,entropy,forced,reasoning,error\na.wav,1,0,False,x,\n"),  # saved by an editor
         ("a.csv", b"id,words\r\na,b\r\n"),
-        ("a.csv", b"audio,p.anger,entropy,forced,reasoning,error\r\n"),
         ("a.csv", b"audio,p.anger,entropy,forced,reasoning,error\r\na.wav,1\r\n"),
         ("a.jsonl", b'{"audio": "a.wav"}\n'),
         ("a.jsonl", b'{"audio": "a.wav", "error": "x"}\n[]\n'),
         ("a.jsonl", b'{"audio": 1, "error": "x"}\n'),
         ("a.jsonl", b'{"audio": "a.wav", "error": "x"}'),
-        ("a.jsonl", b""),
     ],
 )
 def test_another_file_is_not_gone_on_in(tmp_path, name, text):
     (tmp_path / name).write_bytes(text)
-    with pytest.raises(ConfigError, match="has no row of a prediction"):
+    with pytest.raises(ConfigError, match="is not what this command writes; choose another name"):
         predicted.begun(tmp_path / name)
     assert (tmp_path / name).read_bytes() == text
+
+
+def test_a_file_that_has_not_come_to_its_first_row_is_begun_anew(tmp_path):
+    for name in ("a.csv", "a.jsonl", "empty.csv"):
+        if name != "empty.csv":
+            with predicted.Predicted(tmp_path / name, LABELS):
+                pass
+        (tmp_path / name).touch()
+        assert predicted.begun(tmp_path / name) == []
+        predicted.Predicted(tmp_path / name, LABELS).__exit__()
 
 
 def test_a_prediction_is_printed_with_its_reasoning(whole, capsys):
@@ -366,13 +374,13 @@ def test_transcripts_from_a_table(model, run, clips, tmp_path, monkeypatch, caps
 
 
 def test_mistakes_get_one_line(run, clips, tmp_path, monkeypatch, capsys):
-    (tmp_path / "there.csv").touch()
+    (tmp_path / "there.csv").write_text("a\n")
     broken = tmp_path / "broken.wav"
     broken.write_bytes(b"RIFF")
     (tmp_path / "sub").mkdir()
     for arguments, message in (
         (["--model", run, clips[0], "--out", tmp_path / "there.csv"], "there.csv exists; choose another name"),
-        (["--model", run, clips[0], "--out", tmp_path / "there.csv", "--resume"], "has no row of a prediction"),
+        (["--model", run, clips[0], "--out", tmp_path / "there.csv", "--resume"], "is not what this command writes"),
         (["--model", run, clips[0], "--resume"], "--resume goes on in the file that --out names"),
         (["--model", run, clips[0], "--out", tmp_path / "x.txt"], "must be a .csv or .jsonl file"),
         (["--model", run, clips[0], "--transcript", "a", "--transcript", "b"], "2 transcripts for 1 clips"),
