@@ -212,7 +212,7 @@ def datasets(setting: Setting, params: dict, names: tuple[str, ...], *, edit: Ed
     if not any(parts[name] for name in names):
         split, labels = ", ".join(names), ", ".join(d.labels)
         raise DataError(f"{everything.root}: no utterance of the {split} split has a vote on {labels}")
-    live = trains_tower(setting.config)
+    live = trains_tower(setting)
     sounds = features.compute(
         everything,
         [utterance for name in names for utterance in parts[name]],
@@ -244,9 +244,11 @@ def trains_base(config: FrozenConfigDict) -> bool:
     return rules.trains_base(config.optim.train)
 
 
-def trains_tower(config: FrozenConfigDict) -> bool:
+def trains_tower(setting: Setting) -> bool:
     """Whether anything between the sound and the decoder is trained, so that its output cannot be computed once."""
-    return config.lora.audio_tower or trains_base(config)
+    labels = optim.labels(qwen2_audio.shapes(setting.model), setting.config.optim.train)["params"]
+    hears = jax.tree.leaves([labels["audio_tower"], labels["multi_modal_projector"]])
+    return setting.config.lora.audio_tower or "train" in hears
 
 
 def initial(setting: Setting, params: dict, *, resumes: bool = False) -> dict:

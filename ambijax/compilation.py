@@ -5,6 +5,7 @@ The directory is JAX's own: JAX_COMPILATION_CACHE_DIR names another, JAX_ENABLE_
 
 import ctypes
 import functools
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,16 @@ _MADE = "/jax/core/compile/backend_compile_duration"  # a program was compiled, 
 _READ = "/jax/compilation_cache/cache_hits"
 _LARGE = 1.0  # seconds of compiling, from which on it took memory worth a search for it
 _LIMIT = 8 * 2**30  # bytes; with a limit JAX locks the directory, so that processes can share it
+
+
+def surroundings() -> dict:
+    """What decides beside a program's text, devices and inputs what comes out of it, to the last bit."""
+    libraries = ("jax", "jaxlib", "flax", "numpy", "numba", "llvmlite", "scipy", "soxr")
+    return {
+        "versions": [importlib.metadata.version(name) for name in libraries],
+        "flags": [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
+        "precision": jax.config.jax_default_matmul_precision,
+    }
 
 
 def keep() -> None:

@@ -147,7 +147,8 @@ def prompts(
             f"{window} mel frames; declare slots for all prompts that will be asked (`prompt_slots` of ambijax/data.py)"
         )
     if live_tower:
-        heard = {"mel": np.stack([s.values for s in sounds]), "frames": np.array([s.frames for s in sounds], np.int32)}
+        mel = np.stack([_in_window(s.values, window) for s in sounds])
+        heard = {"mel": mel, "frames": np.array([s.frames for s in sounds], np.int32)}
     else:
         heard = {"audio": _pad([np.asarray(s.values) for s in sounds], window // 4, 0)}
     return Prompt(
@@ -156,6 +157,12 @@ def prompts(
         example=np.array(numbers, np.int32),
         **heard,
     )
+
+
+def _in_window(mel: np.ndarray, window: int) -> np.ndarray:
+    """Log-mel [frames, bins] in a window, float32 [window, bins]; beyond its end is the silence that it ends with."""
+    mel = mel[:window]
+    return np.pad(mel, ((0, window - len(mel)), (0, 0)), mode="edge")
 
 
 def completions(written: Sequence[tuple[np.ndarray, int]], length: int, pad: int) -> Completions:

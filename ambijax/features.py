@@ -5,7 +5,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +16,7 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
-from ambijax import audio, hosts, kept, sharding
+from ambijax import audio, compilation, hosts, kept, sharding
 from ambijax.data import Sound
 from ambijax.errors import DataError
 from ambijax.manifest import Corpus, Utterance
@@ -117,8 +116,9 @@ def compute(
 ) -> dict[str, Sound]:
     """Utterance id -> sound for a whole corpus, with a progress bar.
 
-    With a live tower every clip is put into the largest window that the corpus needs, so that any batch stacks. With a
-    frozen one its outputs are kept in `directory`, and only those that are not there are computed; '' keeps none.
+    With a live tower the values are log-mel in the clip's own window and two frames of silence beyond, which stand for
+    all later silence. With a frozen one its outputs are kept in `directory`, and only those that are not there are
+    computed; '' keeps none.
 
     Raises:
       DataError: a file is missing or broken; names it.
@@ -134,12 +134,14 @@ def compute(
 
 
 def _mels(paths: list[Path], windows: tuple[int, ...], n_mels: int, bar: tqdm.tqdm) -> list[Sound]:
-    loaded = []
+    sounds = []
     for path in paths:
-        loaded.append(audio.load(path))
+        clip = audio.load(path)
+        frames = audio.mel_frames(len(clip))
+        window = min(audio.window(frames, windows) + audio.SILENT_FRAMES, audio.N_FRAMES)
+        sounds.append(Sound(frames, audio.log_mel(clip, window, n_mels)))
         bar.update()
-    window = audio.window(max(audio.mel_frames(len(clip)) for clip in loaded), windows)
-    return [Sound(audio.mel_frames(len(clip)), audio.log_mel(clip, window, n_mels)) for clip in loaded]
+    return sounds
 
 
 def _outputs(
@@ -154,7 +156,7 @@ def _outputs(
     """Projected tower outputs, from the shelf where they are there; those that are not are computed and put there."""
     clips = [_listed(path) for path in paths]
     keys, found = [""] * len(clips), [None] * len(clips)
-    if shelf.keeps:
+    if hosts.anywhere([shelf.keeps])[0]:  # by all or by none: the lines below wait for each other
         origin = _origin(model, params, mesh)
         width, dtype = model.config.text.hidden_size, np.dtype(model.dtype)
         with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -180,9 +182,8 @@ def _outputs(
 
 def _origin(model: Qwen2Audio, params: dict, mesh: Mesh) -> str:
     """The digest of all that a tower output depends on to the last bit, the clip and its window aside: weights, shape,
-    precision, code, libraries, devices and the processor, which makes the log-mel."""
+    precision, code, libraries, flags of the compiler, devices and the processor, which makes the log-mel."""
     modules = (audio, kernels, cpu_kernels, layers, encoder, qwen2_audio, sys.modules[__name__])
-    libraries = ("jax", "jaxlib", "flax", "numpy", "numba", "llvmlite", "scipy", "soxr")
     about = {
         "format": kept.FORMAT,
         "config": repr(model.config),
@@ -192,7 +193,7 @@ def _origin(model: Qwen2Audio, params: dict, mesh: Mesh) -> str:
         "devices": mesh.devices.flat[0].device_kind,
         "processor": llvmlite.binding.get_host_cpu_name(),
         "code": [compiled.SOURCES, *(hashlib.sha256(Path(m.__file__).read_bytes()).hexdigest() for m in modules)],
-        "versions": [importlib.metadata.version(name) for name in libraries],
+        **compilation.surroundings(),
     }
     sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     weights = {name: params[name] for name in ("audio_tower", "multi_modal_projector")}

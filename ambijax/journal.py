@@ -1,6 +1,8 @@
 """What a run writes down besides its checkpoints: metrics, samples, bad batches, and what it ran on."""
 
 import contextlib
+import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -37,6 +39,15 @@ def commit() -> str | None:
         return None
     top, *head = found.stdout.splitlines() or [""]
     return head[0] if found.returncode == 0 and Path(top).resolve() == root else None
+
+
+@functools.cache
+def sources() -> str:
+    """The identity of the code that runs, committed, edited or installed: a digest of the package's modules."""
+    root, sha = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        sha.update(f"{path.relative_to(root)} {path.stat().st_size} ".encode() + path.read_bytes())
+    return sha.hexdigest()
 
 
 class Lines:

@@ -25,7 +25,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ambijax import ahead, chips, cost, errors, planned, programs, rules, settings, workdir
+from ambijax import ahead, chips, compilation, cost, errors, planned, programs, rules, settings, workdir
 from ambijax.agent import Setting
 from ambijax.errors import ConfigError
 from ambijax.model import config as model_config
@@ -100,7 +100,13 @@ def _prepared(case: Case) -> tuple[Setting, dict]:
 def measure(case: Case, setting: Setting, program: programs.Program) -> dict:
     """What one program needs on a chip; compiled once for everything that its text, devices and versions fix."""
     traced, lowered = _lowered(setting, program)
-    parts = (lowered.as_text(), setting.mesh.devices.flat[0].device_kind, str(setting.mesh), ahead.versions())
+    parts = (
+        lowered.as_text(),
+        setting.mesh.devices.flat[0].device_kind,
+        str(setting.mesh),
+        ahead.versions(),
+        compilation.surroundings(),
+    )
     key = f"{program.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}"
     memory, text = _compiled(case, program.name, case.cache / key)
     found = {

@@ -26,6 +26,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tqdm
+from ml_collections import FrozenConfigDict
 
 from ambijax import (
     agent,
@@ -263,15 +264,25 @@ def _origin(setting: Setting, variables: dict, dataset: Dataset, decoding: Decod
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         trained.update(jax.tree_util.keystr(path).encode() + sharding.fetch(leaf).tobytes())
     return {
-        "commit": journal.commit(),
+        "code": journal.sources(),
         "base": convert.digest(setting.config.model.checkpoint),
         "trained": trained.hexdigest(),
         "split": dataset.split,
         "utterances": manifest.digest(manifest.Corpus(dataset.root, dataset.utterances)),
         "decoding": dataclasses.asdict(decoding),
         "after": _sha256([record["reasoning"] for record in after]) if after else None,
-        "config": setting.config.to_dict(),
+        "config": _asks(setting.config),
     }
+
+
+# Settings that change nothing of a prediction, which may have taken hours.
+_ELSEWHERE = ("hosts", "checkpoint", "warn", "guard", "log_every", "watchdog_seconds", "tracker", "tracker_audio")
+
+
+def _asks(config: FrozenConfigDict) -> dict:
+    """The settings that a prediction may depend on; of `eval`, whose others say when and what for, the batch's size."""
+    kept = {key: value for key, value in config.to_dict().items() if key not in _ELSEWHERE}
+    return kept | {"eval": {"batch_size": config.eval.batch_size}}
 
 
 def _sha256(value: list) -> str:

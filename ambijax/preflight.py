@@ -199,16 +199,17 @@ def plan(setting: Setting, directory: Path) -> str:
         "trained": f"{trained:,} parameters",
         "corpus": f"{c.data.root}: {clips}",
         "steps": f"{c.steps} of {c.data.batch_size} prompts{epochs}",
-        "features": _features(c),
+        "features": _features(setting),
         "checkpoints": f"{size:,.1f} MB, every {c.checkpoint.every} steps or {c.checkpoint.seconds:g} s, the newest "
         f"{c.checkpoint.keep} stay; {free:,.1f} GB free in {directory}",
     }
     return "\n".join(f"{name:<13}{text}" for name, text in rows.items())
 
 
-def _features(config: FrozenConfigDict) -> str:
+def _features(setting: Setting) -> str:
     """Where tower outputs are kept and how many there are, of all runs."""
-    if assemble.trains_tower(config):
+    config = setting.config
+    if assemble.trains_tower(setting):
         return "anew in every step, for the tower is trained"
     if not config.data.features:
         return "made in every run, for data.features is empty"

@@ -171,7 +171,7 @@ def _encode(setting: Setting, rows: Callable, both: dict, window: int, beside: d
 
 def _prompt(setting: Setting, rows: Callable, window: int, text: int, size: int) -> Prompt:
     p = window // 4 + text
-    if assemble.trains_tower(setting.config):
+    if assemble.trains_tower(setting):
         bins = setting.model.config.audio.num_mel_bins
         heard = {"mel": rows((size, window, bins), jnp.float32), "frames": rows((size,), jnp.int32)}
     else:

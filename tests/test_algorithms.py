@@ -89,7 +89,7 @@ def batch_for(setting: Setting) -> Batch:
     ]
     utterances[3] = dataclasses.replace(utterances[3], cot="")
     frames = rng.integers(12, 30, n)
-    live = assemble.trains_tower(setting.config)
+    live = assemble.trains_tower(setting)
     width = (32, 8) if live else (8, 32)
     sounds = {
         u.id: data.Sound(int(f), rng.normal(size=width).astype(np.float32)[: None if live else audio.tokens(int(f))])

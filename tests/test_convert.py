@@ -133,6 +133,22 @@ def data_files(directory: Path, leaf: str) -> list[Path]:
     return sorted(path for path in (directory / "params" / leaf / "c").rglob("*") if path.is_file())
 
 
+def test_an_identity_is_computed_once_for_files_that_stay(tmp_path, checkpoint, monkeypatch):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    read = []
+    blocks = hugging_face.blocks
+    monkeypatch.setattr(hugging_face, "blocks", lambda tensor: read.append(tensor) or blocks(tensor))
+    before = convert.digest(copy)
+    once = len(read)
+    assert convert.digest(copy) == before
+    assert len(read) == once > 0
+    weights = next(copy.glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert convert.digest(copy) != before
+
+
 def test_a_flipped_bit_is_found(tmp_path, native):
     # Orbax's own arrays have no checksum: there most of these would load as other numbers.
     rng = np.random.default_rng(0)

@@ -135,6 +135,16 @@ def test_one_clip_at_a_time_predicts_as_eight_do_and_a_killed_evaluation_goes_on
     others = tuple(dataclasses.replace(u, cot="") for u in bench.test.utterances)
     bench.collect(tmp_path, batch=1, test=dataclasses.replace(bench.test, utterances=others))
     assert len(predicted) == 9 + 8 + 8 + 8
+    # What cannot change a prediction throws none away; other code, committed or not, may change all.
+    changed = bench.setting.config.to_dict()
+    changed["log_every"], changed["eval"]["draws"], changed["checkpoint"]["keep"] = 7, 3, 9
+    quiet = dataclasses.replace(bench.setting, config=FrozenConfigDict(changed))
+    same = {"batch": 1, "test": dataclasses.replace(bench.test, utterances=others)}
+    dataclasses.replace(bench, setting=quiet).collect(tmp_path, **same)
+    assert len(predicted) == 9 + 8 + 8 + 8
+    monkeypatch.setattr(predictions.journal, "sources", lambda: "edited")
+    bench.collect(tmp_path, **same)
+    assert len(predicted) == 9 + 8 + 8 + 8 + 8
 
 
 @needs_tiny

@@ -74,6 +74,21 @@ def test_a_run_that_trained_some_adapters_is_read_without_the_others(base, tmp_p
     assert np.any(start["o_proj"]["a"])
 
 
+@pytest.mark.parametrize(
+    ("train", "lives"),
+    [
+        ("lora/.*", False),
+        ("params/language_model/.*", False),
+        ("params/multi_modal_projector/.*", True),
+        ("params/audio_tower/layers/q_proj/.*", True),
+        ("params/.*", True),
+    ],
+)
+def test_the_tower_is_computed_once_unless_something_before_the_decoder_learns(base, train, lives):
+    setting = dataclasses.replace(base[0], config=parse("sft", f"--config.optim.train=('{train}',)"))
+    assert assemble.trains_tower(setting) == lives
+
+
 def test_adapters_of_sft_start_dpo_and_grpo(base, tmp_path):
     run, trained = finished(base, tmp_path, parse("sft"), {})
     for algorithm in ("dpo", "grpoz"):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ambijax import audio, data, features, kept, sharding
+from ambijax import audio, compilation, data, features, kept, sharding
 from ambijax.errors import DataError
 from tests import small, trained
 
@@ -150,7 +150,7 @@ def scaled(params: dict, module: str) -> dict:
     return params | {module: jax.tree.map(lambda x: 1.001 * x, params[module])}
 
 
-@pytest.mark.parametrize("what", ["tower", "projector", "dtype", "window", "shape", "mesh", "code", "library"])
+@pytest.mark.parametrize("what", ["tower", "projector", "dtype", "window", "shape", "mesh", "code", "library", "flags"])
 def test_what_makes_another_output_is_part_of_the_key(hear, params, monkeypatch, what):
     hear()
     changed = {}
@@ -169,12 +169,27 @@ def test_what_makes_another_output_is_part_of_the_key(hear, params, monkeypatch,
     if what == "code":
         read = Path.read_bytes
         monkeypatch.setattr(Path, "read_bytes", lambda p: read(p) + b"\n" * (p.name == "encoder.py"))
+    if what == "flags":
+        monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
     if what == "library":
-        monkeypatch.setattr(features.importlib.metadata, "version", lambda name: "0.0")
+        monkeypatch.setattr(compilation.importlib.metadata, "version", lambda name: "0.0")
     live = hear(directory="", **changed)[0]
     found, computed = hear(**changed)
     assert computed == 3
     assert bits(found) == bits(live)
+
+
+def test_a_live_tower_hears_a_batch_in_the_window_that_holds_it(wavs):
+    windows = (100, 164, 256)  # of .9, 1.6 and 2.2 s, the first two with no more silence than they need
+    given = {"model": small.model(), "params": {}, "mesh": None, "windows": windows, "directory": ""}
+    found = features.compute(Corpus(wavs[0].parent), [Clip(p.stem) for p in wavs], live_tower=True, **given)
+    sounds = [found[path.stem] for path in wavs]
+    for chosen, window in (([0], 100), ([1, 0], 164), ([2, 0, 1], 256)):
+        tokens = [np.array([9, *[small.AUDIO] * sounds[i].tokens], np.int32) for i in chosen]
+        how = {"numbers": chosen, "windows": windows, "slots": (80, 80, 80), "pad": 0, "live_tower": True}
+        asked = data.prompts(tokens, [sounds[i] for i in chosen], **how)
+        expected = [audio.log_mel(audio.load(wavs[i]), window, 8) for i in chosen]
+        np.testing.assert_array_equal(asked.mel, expected)
 
 
 def test_another_kernel_of_attention_is_part_of_the_key(params):
