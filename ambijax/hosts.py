@@ -207,11 +207,13 @@ class _Watch:
 
     def _beat(self) -> None:
         for beat in itertools.count():
+            if beat and self._over.wait(self.period):
+                return
             try:
                 self._write("beat", str(beat))
                 found = dict(self._client.key_value_dir_get("ambijax/"))
-            except (RuntimeError, ValueError):
-                return  # the coordinator is gone; _judge names it
+            except (RuntimeError, ValueError):  # the coordinator did not answer once, or is gone, which _judge says
+                continue
             now = time.monotonic()
             for process in self._heard:
                 key = f"ambijax/beat/{process}"
@@ -220,8 +222,6 @@ class _Watch:
             self._seen = found
             if not signals.wanted() and self._preempted():
                 signals.ask()
-            if self._over.wait(self.period):
-                return
 
     def _preempted(self) -> bool:
         try:

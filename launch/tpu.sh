@@ -25,11 +25,24 @@ queued=(gcloud compute tpus queued-resources)
 # on WORKER COMMAND: runs a command on worker 0, or on all.
 on() { run gcloud compute tpus tpu-vm ssh "$RUN_ID" "${where[@]}" --worker="$1" --command="$2"; }
 
-state() { "${queued[@]}" describe "$RUN_ID" "${where[@]}" --format='value(state.state)' 2>/dev/null || echo ABSENT; }
+# What the slice is: ABSENT when there is none, UNKNOWN when nobody answers.
+state() {
+  local said
+  if said=$("${queued[@]}" describe "$RUN_ID" "${where[@]}" --format='value(state.state)' 2>&1); then
+    echo "${said##*$'\n'}" # after what gcloud warns of
+  elif [[ $said == *NOT_FOUND* || $said == *"not found"* ]]; then echo ABSENT
+  else echo UNKNOWN; echo "$said" >&2; fi
+}
 
 create() {
   need ACCELERATOR RUNTIME
-  [ -z "${DRY_RUN:-}" ] && [ "$(state)" != ABSENT ] && { echo "$RUN_ID is there: $(state)" >&2; return; }
+  local is=ABSENT
+  [ -n "${DRY_RUN:-}" ] || is=$(state)
+  case $is in
+    ABSENT) ;;
+    UNKNOWN) return 1 ;;
+    *) echo "$RUN_ID is there: $is" >&2; return ;;
+  esac
   run "${queued[@]}" create "$RUN_ID" --node-id="$RUN_ID" "${where[@]}" \
     --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME" ${SPOT:+--spot}
 }
@@ -43,7 +56,7 @@ setup() {
     [ -d .venv ] || .venv-uv/bin/uv venv -q --seed --python 3.12 .venv
     .venv/bin/pip install -q -e '.[tpu]'
     mkdir -p ~/runs
-    mountpoint -q ~/runs || gcsfuse --implicit-dirs $(printf %q "$BUCKET") ~/runs"
+    mountpoint -q ~/runs || gcsfuse --implicit-dirs --rename-dir-limit=1000 $(printf %q "$BUCKET") ~/runs"
 }
 
 start() {
@@ -82,8 +95,8 @@ babysit() {
   if [ -n "${DRY_RUN:-}" ]; then create; setup; start "$@"; delete; return; fi
   while :; do
     case $(state) in
-      ABSENT) create ;;
-      SUSPENDED | FAILED) delete ;; # preempted, or never granted
+      ABSENT) create || echo "not created; trying again" >&2 ;;
+      SUSPENDED | FAILED) delete || echo "not deleted; trying again" >&2 ;; # preempted, or never granted
       ACTIVE)
         how=$(ended)
         case $how in

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -237,3 +238,42 @@ def test_a_process_alone_survives_a_suspension():
     process.send_signal(signal.SIGCONT)
     out, err = process.communicate(timeout=100)
     assert (process.returncode, out.strip()) == (0, "3.0"), err
+
+
+class _Store:
+    """A key-value store in which process 0 lives, and which does not answer every third call."""
+
+    def __init__(self) -> None:
+        self.calls, self.asked = 0, threading.Event()
+
+    def _answer(self) -> None:
+        self.calls += 1
+        if self.calls > 60:
+            self.asked.set()
+        if self.calls % 3 == 0:
+            raise RuntimeError("UNAVAILABLE")
+
+    def key_value_set(self, key: str, value: str, *, allow_overwrite: bool) -> None:
+        del key, value, allow_overwrite
+        self._answer()
+
+    def key_value_dir_get(self, prefix: str) -> list[tuple[str, str]]:
+        self._answer()
+        return [(f"{prefix}beat/{process}", str(self.calls)) for process in range(2)]
+
+    def key_value_try_get(self, key: str) -> str:
+        raise RuntimeError(key)
+
+
+def test_a_store_that_does_not_answer_once_ends_nobody(monkeypatch):
+    state = types.SimpleNamespace(client=_Store(), process_id=1, num_processes=2)
+    monkeypatch.setattr(hosts.distributed, "global_state", state)
+    monkeypatch.setattr(hosts.signals, "share", lambda linger: None)
+    ended = []
+    monkeypatch.setattr(hosts._Watch, "_exit", lambda watch, code: ended.append(code))
+    watch = hosts._Watch(heartbeat=1.0)
+    assert state.client.asked.wait(60)
+    watch._over.set()
+    for thread in watch._threads:
+        thread.join()
+    assert not ended

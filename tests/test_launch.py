@@ -260,7 +260,10 @@ def test_slurm_comes_back_only_when_it_was_preempted(fakes, tmp_path):
 
 
 def test_a_slice_is_created_once(fakes, tmp_path):
-    fakes("gcloud", 'case "$*" in *describe*) exit 1;; esac')
+    fakes("gcloud", 'case "$*" in *describe*) echo "no route" >&2; exit 1;; esac')
+    assert _launch(tmp_path, "tpu.sh", "create", **TPU).returncode == 1  # there may be one
+    assert not [c for c in _calls(tmp_path) if " create " in c]
+    fakes("gcloud", 'case "$*" in *describe*) echo "NOT_FOUND: it was not found" >&2; exit 1;; esac')
     assert _launch(tmp_path, "tpu.sh", "create", **TPU).returncode == 0
     (create,) = [c for c in _calls(tmp_path) if " create " in c]
     assert "--accelerator-type=v5litepod-8" in create
@@ -271,12 +274,17 @@ def test_a_slice_is_created_once(fakes, tmp_path):
 
 
 def test_babysitting_goes_through_a_preemption_to_the_end(fakes, tmp_path):
-    # What the cloud says, one answer a call: nothing there; active, host knows nothing; active, preempted by SIGTERM;
-    # suspended; nothing there again; active and done.
+    # What the cloud says, one answer a call: no answer; nothing there; active, host knows nothing; active, preempted by
+    # SIGTERM; no answer; suspended; nothing there again, and no answer to its being created; active and done.
     states, ends = tmp_path / "states", tmp_path / "ends"
-    states.write_text("ABSENT\nABSENT\nACTIVE\nACTIVE\nSUSPENDED\nSUSPENDED\nABSENT\nABSENT\nACTIVE\nACTIVE\n")
+    states.write_text(
+        "DOWN\nABSENT\nABSENT\nACTIVE\nACTIVE\nDOWN\nSUSPENDED\nSUSPENDED\nABSENT\nDOWN\nABSENT\nABSENT\nACTIVE\nACTIVE\n"
+    )
     ends.write_text("lost\n75\n0\n")
-    nothing = f'line=$(head -1 {states}); sed -i 1d {states}; [ "$line" = ABSENT ] && exit 1; echo "$line"'
+    nothing = (
+        f'line=$(head -1 {states}); sed -i 1d {states}; [ "$line" = DOWN ] && {{ echo "no route" >&2; exit 1; }}; '
+        f'[ "$line" = ABSENT ] && {{ echo "NOT_FOUND: it was not found" >&2; exit 1; }}; echo "$line"'
+    )
     ended = f"head -1 {ends}; sed -i 1d {ends}"
     fakes("gcloud", f'case "$*" in *describe*) {nothing};; *"cat grpoz-0.exit"*) {ended};; esac')
     done = _launch(tmp_path, "tpu.sh", "babysit", **TPU)
