@@ -586,6 +586,20 @@ def test_kill_9_at_50_random_points(tmp_path: Path, clips: Path) -> None:
         kill_and_resume(root, tmp_path / "cot.jsonl", server, items=200, kills=50, seed=2)
 
 
+def test_a_bad_answer_is_not_asked_for_again(go) -> None:
+    """A gateway gives what it has once answered under an idempotency key; what it has not, it may still be at."""
+    replies = iter(["drop", b"nonsense", error(500, "oops")])
+
+    def reply(call: Call) -> object:
+        return next(replies, good(call)) if call.role == "writer" else good(call)
+
+    with serving(reply) as server:
+        go(1, server, calls__retries=3)
+    first, again, another, last = (call.key for call in server.calls if call.role == "writer")
+    assert first == again
+    assert another == last == f"{first}-1"
+
+
 def test_the_key_appears_nowhere(tmp_path: Path, clips: Path) -> None:
     """Echoed in an answer, in errors, and in the 401 that ends the run, with the openai package logging."""
     root = corpus(tmp_path / "corpus", clips, 4)
@@ -819,9 +833,10 @@ def test_a_new_process_counts_what_the_last_one_sent(tmp_path: Path, monkeypatch
     book.close()
 
 
-def test_a_request_that_can_never_fit_fails_instead_of_waiting(go) -> None:
+@pytest.mark.parametrize("limit", [{"writer__tpm": 500}, {"judge__model": "gpt-audio-1.5", "judge__tpm": 500}])
+def test_a_request_that_can_never_fit_fails_instead_of_waiting(go, limit: dict) -> None:
     with serving() as server, pytest.raises(ConfigError, match="all 1 items failed; start the same command again"):
-        go(1, server, writer__tpm=500)
+        go(1, server, **limit)
     assert rows(go.out)["u0"]["reason"].startswith("too large: needs ")
     assert not server.calls
 
@@ -1143,7 +1158,12 @@ def test_refusals(text: str, refused: bool) -> None:
         ("**CONSISTENT**\nFine.", ""),
         ("INCONSISTENT\nToo little\nanger.", "judge: Too little anger."),
         ("INCONSISTENT", "judge: inconsistent with the perception"),
+        ("Consistent.", ""),
+        ("I have read it.\n**Verdict: consistent**", ""),
+        ("**Verdict: Inconsistent** - too little anger", "judge: too little anger"),
         ("It is CONSISTENT", "judge: gave no verdict"),
+        ("Not consistent", "judge: gave no verdict"),
+        ("Consistently loud", "judge: gave no verdict"),
         ("", "judge: gave no verdict"),
     ],
 )

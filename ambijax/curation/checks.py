@@ -99,13 +99,13 @@ def _spoken(words: str, transcript: str) -> bool:
 
 
 def verdict(text: str) -> str:
-    """The judge's fault, '' when it says CONSISTENT; a judge without a verdict has not agreed."""
-    match = re.match(r"\W*(IN)?CONSISTENT\b", text)
+    """The judge's fault, '' when a line begins with CONSISTENT; a judge without a verdict has not agreed."""
+    match = re.search(r"^\W*(?:verdict\W+)?(in)?consistent\b", text, re.IGNORECASE | re.MULTILINE)
     if match is None:
         return "judge: gave no verdict"
     if match.group(1) is None:
         return ""
-    why = " ".join(text[match.end() :].split()).lstrip(" .:-")
+    why = " ".join(text[match.end() :].split()).lstrip(" .:*-")
     return f"judge: {why[:300] or 'inconsistent with the perception'}"
 
 

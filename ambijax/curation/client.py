@@ -89,6 +89,7 @@ class _Failure:
     reason: str
     retry: bool = False
     billed: bool = False  # the server may have done the work and charge for it
+    answered: bool = False  # what came is no chat completion
     stop: bool = False  # no other request would fare better
     limited: bool = False  # all requests to this model have to wait
     wait: float | None = None  # seconds the server asks for
@@ -156,12 +157,14 @@ class Client:
         if request.key in self._ledger.answers:
             self.replayed += 1
             return self._ledger.answers[request.key]
-        limit, model = request.endpoint.tpm, request.endpoint.model
+        model = request.endpoint.model
+        limit = self._limiters[model].tpm
         if request.tokens > limit:
             raise CallFailed(f"too large: needs {request.tokens} tokens, the limit of {model} is {limit} a minute")
+        answered = 0
         for retry in range(self._calls.retries + 1):
             number, slot = await self._clearance(request)
-            send = asyncio.create_task(self._send(request, number, slot))
+            send = asyncio.create_task(self._send(request, number, slot, answered))
             self._under_way.add(send)
             send.add_done_callback(self._under_way.discard)
             result = await asyncio.shield(send)  # when we are stopped, a paid answer still reaches the ledger
@@ -171,6 +174,7 @@ class Client:
                 raise ConfigError(result.reason)
             if not result.retry:
                 break
+            answered += result.answered
             if retry < self._calls.retries:
                 await self._back_off(model, result, retry)
         raise CallFailed(result.reason)
@@ -200,8 +204,12 @@ class Client:
         else:
             await asyncio.sleep(wait)
 
-    async def _send(self, request: Request, number: int, slot: Slot) -> Answer | _Failure:
-        """One request, from the wire into the ledger. Never raises: its caller may have been stopped."""
+    async def _send(self, request: Request, number: int, slot: Slot, answered: int) -> Answer | _Failure:
+        """One request, from the wire into the ledger. Never raises: its caller may have been stopped.
+
+        Its idempotency key is that of the requests before, unless so many of them were answered: those answers were no
+        good, and a gateway that knows the key would give them again.
+        """
         import openai
 
         endpoint = request.endpoint
@@ -216,7 +224,7 @@ class Client:
                     messages=request.messages,
                     max_completion_tokens=endpoint.max_completion_tokens,
                     extra_body=endpoint.options.to_dict(),
-                    extra_headers={"Idempotency-Key": request.key},
+                    extra_headers={"Idempotency-Key": request.key + (f"-{answered}" if answered else "")},
                 )
             result, completion = read_answer(response.text)
             if usage := read_usage(completion, request.audio_tokens):
@@ -346,7 +354,7 @@ def _failure(error: Exception, endpoint: ml_collections.ConfigDict) -> _Failure:
         cause = type(error.__cause__).__name__
         # 'ConnectError' of httpx: nobody was reached, so nobody charges.
         return _Failure(f"connection: lost ({cause})", retry=True, billed=not cause.startswith("Connect"))
-    return _Failure(f"garbage: {error}", retry=True, billed=True)
+    return _Failure(f"garbage: {error}", retry=True, billed=True, answered=True)
 
 
 def redact(text: str, keys: Sequence[str]) -> str:
