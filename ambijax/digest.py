@@ -33,8 +33,8 @@ def write(directory: Path, record: dict, arrays: dict[str, np.ndarray]) -> None:
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         fsync(path)
         files[path.relative_to(directory).as_posix()] = _sha256(path)
-    described = {name: _describe(array) for name, array in arrays.items()}
-    (directory / "digest.json").write_text(_encode({**record, "format": FORMAT, "arrays": described, "files": files}))
+    entries = {name: _describe(array) for name, array in arrays.items()}
+    (directory / "digest.json").write_text(_encode({**record, "format": FORMAT, "arrays": entries, "files": files}))
     fsync(directory / "digest.json")
 
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from ambijax.structs import Guard
 
+_FLAT = 1e-3  # the deviation of losses that hardly move: next to W equal ones any other would be a spike
+
 
 def start(window: int) -> Guard:
     """Nothing seen yet; `window` is W."""
@@ -28,7 +30,7 @@ def judge(guard: Guard, loss: jax.Array, *sizes: jax.Array, sigma: float) -> tup
     apply = jnp.isfinite(loss) & jnp.all(jnp.isfinite(jnp.stack(sizes)))
     window = len(guard.losses)
     if sigma > 0:
-        limit = guard.losses.mean() + sigma * guard.losses.std()
+        limit = guard.losses.mean() + sigma * jnp.maximum(guard.losses.std(), _FLAT)
         apply &= (guard.applied < window) | (loss <= limit)
     return apply, Guard(
         applied=guard.applied + apply,

@@ -54,10 +54,11 @@ class Health:
             self._log.bad_batch(step, ids, float(aux["loss"]), float(aux["gradient_norm"]))
             logging.warning("step %d: update skipped, %d so far; bad_batches.jsonl names its utterances", step, skipped)
         if in_a_row >= self._config.guard.max_skipped * updates(self._config):
+            loss, norm = float(aux["loss"]), float(aux["gradient_norm"])
+            spike = " (a spike by guard.spike_sigma)" * (math.isfinite(loss) and math.isfinite(norm))
             raise NonFiniteError(
-                f"{in_a_row} updates in a row were skipped, the last at step {step}: loss {float(aux['loss']):g}, "
-                f"gradient norm {float(aux['gradient_norm']):g}; bad_batches.jsonl names the utterances, "
-                "the last checkpoint is finite"
+                f"{in_a_row} updates in a row were skipped, the last at step {step}: loss {loss:g}, gradient norm "
+                f"{norm:g}{spike}; bad_batches.jsonl names the utterances, the last checkpoint is finite"
             )
 
     def warn(self, step: int, values: dict[str, float]) -> None:

@@ -26,8 +26,8 @@ def labels(variables: object, patterns: tuple[str, ...]) -> object:
     """
     paths = sharding.paths(variables)
     # 'lora/a|params/b' is not to reach what it does not begin with: who may train the base is decided by that.
-    split = [pattern.partition("/") for pattern in patterns]
-    matches = [re.compile(f"{re.escape(collection)}/(?:{rest})") for collection, _, rest in split]
+    parts = [pattern.partition("/") for pattern in patterns]
+    matches = [re.compile(f"{re.escape(collection)}/(?:{rest})") for collection, _, rest in parts]
     for pattern, match in zip(patterns, matches, strict=True):
         if not any(match.fullmatch(path) for path in jax.tree.leaves(paths)):
             raise ConfigError(f"optim.train: the pattern {pattern!r} matches no variable of the model")

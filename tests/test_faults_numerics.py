@@ -48,6 +48,7 @@ def test_a_spike_is_far_above_the_last_applied_updates():
     ]  # spikes do not move the limit
     assert judged([*calm, 1.61, 99.0], sigma=0) == [True] * 6
     assert judged([0.9, 50.0, 1.0], sigma=6) == [True] * 3  # too few to judge by
+    assert judged([0.0] * 4 + [5e-8, 1.0], sigma=6) == [True] * 5 + [False]  # losses that hardly move
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -50,7 +50,7 @@ def _in_order(bits):
 
 @compiled
 def _largest(row):
-    """At least _MASKED; NaN if one is. Whole numbers are compared in vectors, floats would be one after another."""
+    """At least _MASKED; NaN if one without its sign is. Whole numbers are compared in vectors, floats are not."""
     top = _in_order(_as_bits(_MASKED))
     for j in range(row.shape[0]):
         top = max(top, _in_order(_as_bits(row[j])))
