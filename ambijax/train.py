@@ -155,7 +155,9 @@ def loop(run: Run, state: TrainState, programs: compilation.Programs) -> TrainSt
                 bar.set_postfix({name.split("/")[-1]: f"{values[name]:.3f}" for name in SHOWN if name in values})
             clock.lap("update")
             leave = hosts.leave_requested()
-            late = hosts.from_main(time.monotonic() - last_save > config.checkpoint.seconds)
+            # To agree on the time several processes wait for the device, so they do where they wait for it anyway.
+            agree = logs or jax.process_count() == 1
+            late = agree and hosts.from_main(time.monotonic() - last_save > config.checkpoint.seconds)
             due = done % config.checkpoint.every == 0 or done == config.steps or is_assessed(config, done)
             if due or late or leave:
                 health.look()
