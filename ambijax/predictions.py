@@ -9,7 +9,7 @@
 With several sampled chains of thought, readout is their mean, reasoning the first of them, and format, forced and
 tokens are means.
 
-Beside the records lies `origin.json`: weights, settings, utterances, sounds and version that they come from, and the
+Beside the records lies `origin.json`: weights, settings, utterances, sounds and code that they come from, and the
 sha256 of what is written so far. The same origin goes on where it was killed, at a whole batch, so that every bit is as
 in one go; another origin, or a record that is not as it was written, starts anew.
 """
